@@ -1,0 +1,418 @@
+"""The command line: reads arguments, calls one function, prints. Nothing heavy at start."""
+
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nasattn.errors import TrialFailed, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+
+    from nasattn.config import Experiment
+    from nasattn.search.study import Study
+
+app = typer.Typer(
+    help="Find where to place light non-local attention in a mobile network, within a budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ExperimentFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[EXPERIMENT.yaml]", help="The experiment; or name the study itself."),
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Database URL, such as sqlite:///runs/nasattn.db.", metavar="URL")
+]
+StudyName = Annotated[
+    str | None, typer.Option("--study", help="The study's name in the database.", metavar="NAME")
+]
+Trials = Annotated[
+    int | None,
+    typer.Option(min=1, help="Finished trials in the whole study, the baseline counted."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+
+
+@app.command()
+def search(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    trials: Trials = None,
+    storage: Storage = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
+) -> None:
+    """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
+    _search(_experiment(experiment, storage, workers), trials)
+
+
+@app.command()
+def resume(
+    storage: Annotated[str, typer.Option(help="Database URL.", metavar="URL")],
+    study: Annotated[str, typer.Option(help="The study's name.", metavar="NAME")],
+    trials: Trials = None,
+) -> None:
+    """Go on with a study from its database alone: the experiment is stored in it."""
+    from nasattn.search.study import load_study
+
+    _search(load_study(storage, study).config, trials)
+
+
+@app.command()
+def pareto(
+    experiment: ExperimentFile = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the Pareto frontier, the plain backbone first."""
+    found = _study(experiment, storage, study)
+    if as_json:
+        _json([t.as_dict() for t in found.frontier()])
+    else:
+        _print_frontier(found)
+
+
+@app.command()
+def status(
+    experiment: ExperimentFile = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print how far a study is, what runs and what failed."""
+    found = _study(experiment, storage, study)
+    summary = found.summary()
+    if as_json:
+        _json(summary)
+        return
+    console = _console()
+    for key, value in summary.items():
+        if key != "failures":
+            console.print(f"{key:>12}  {value}", markup=False, highlight=False)
+    for failure in summary["failures"]:
+        console.print(
+            f"  trial {failure['number']} failed: {failure['reason']}",
+            markup=False,
+            highlight=False,
+        )
+
+
+@app.command()
+def report(
+    experiment: ExperimentFile = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: the study's own.")] = None,
+) -> None:
+    """Draw the frontier, and which block does well at which site (PNG and SVG)."""
+    from nasattn.report import write_report
+
+    found = _study(experiment, storage, study)
+    for path in write_report(found, out or found.folder / "report"):
+        print(path)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder for the exported files.", metavar="DIR")],
+    experiment: ExperimentFile = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    select: Annotated[
+        str, typer.Option(help='knee | best | trial=N | a limit such as "macs<=1.1x".')
+    ] = "knee",
+) -> None:
+    """Export one architecture of the frontier: YAML, weights, checked ONNX and a README."""
+    from nasattn.export import ExportRefused, check_export, export_trial
+    from nasattn.search.display import Display
+    from nasattn.search.loop import weights_of_trial
+
+    found = _study(experiment, storage, study)
+    trial = found.select(select)
+    check_export(out)
+    weights = weights_of_trial(found, trial, Display(_console()))
+    try:
+        print(export_trial(found, trial, weights, out))
+    except ExportRefused as error:
+        print(f"nasattn: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def train(
+    architecture: Annotated[Path, typer.Argument(metavar="ARCHITECTURE.yaml")],
+    experiment: Annotated[Path, typer.Option(help="Data and schedule.", metavar="E.yaml")],
+    out: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("weights.safetensors"),
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: as in `pretrain`.")] = None,
+    test: Annotated[bool, typer.Option(help="Also score on the test split, once.")] = False,
+) -> None:
+    """Train one architecture from scratch, for the full schedule (the experiment's `pretrain`)."""
+    from rich.console import Console
+
+    from nasattn.architecture import Architecture
+    from nasattn.evaluate.candidate import train_architecture
+    from nasattn.search.display import progress
+
+    console = Console(stderr=True)
+    with progress(console, f"training {architecture.name}") as tick:
+        figures = train_architecture(
+            Architecture.load(architecture),
+            _experiment(experiment),
+            out,
+            epochs=epochs,
+            on_test=test,
+            tick=tick,
+        )
+    _json(figures)
+
+
+@app.command()
+def cost(
+    target: Annotated[
+        str, typer.Argument(metavar="ARCHITECTURE.yaml | EXPERIMENT.yaml | MODULE:FUNCTION")
+    ],
+    by_site: Annotated[bool, typer.Option("--by-site", help="Block by block.")] = False,
+    shape: Annotated[
+        str | None, typer.Option(help="Input of MODULE:FUNCTION's network, such as 3,224,224.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a network costs, or an experiment's baseline, budget and single insertions."""
+    from nasattn.quote import parse_shape, quote
+
+    found = quote(target, parse_shape(shape))
+    if as_json:
+        _json(found)
+        return
+    rows = found.get("by_block", found["by_site"]) if by_site or "limits" in found else []
+    _print_costs(rows, found["cost"])
+    for key, text in found["notes"].items():
+        print(f"{key}: {text}")
+
+
+@app.command()
+def profile(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    runtime: Annotated[str, typer.Option(help="torch | onnxruntime.")] = "torch",
+    out: Annotated[
+        Path | None, typer.Option(help="Default: the experiment's `latency`.", metavar="FILE")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu | cuda.")] = "cpu",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Torch's tensors in this layout.")
+    ] = False,
+) -> None:
+    """Time the backbone and each block on this machine, once: a latency table for searches.
+
+    Stopped at any time, the same command goes on.
+    """
+    from nasattn.cost.latency import LatencyRefused, Target
+    from nasattn.cost.profile import profile as measure
+    from nasattn.cost.profile import read_space
+    from nasattn.space import SearchSpace
+
+    fields, named = read_space(experiment)
+    path = out or named or experiment.parent / f"latency-{runtime}.yaml"
+    target = Target(runtime=runtime, device=device, channels_last=channels_last)
+    try:
+        with _counting("profile") as progress:
+            table = measure(SearchSpace.of(fields), path, target, progress=progress)
+    except LatencyRefused as error:
+        print(f"nasattn: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("\nstopped; what is measured is kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(table.summary())
+    print(f"table: {path}")
+
+
+@app.command()
+def blocks(
+    shape: Annotated[str, typer.Option(help="A map's size.", metavar="C,H,W")] = "96,14,14",
+    as_json: AsJson = False,
+) -> None:
+    """List the attention blocks: paper, options, and what each costs on one map."""
+    from nasattn.cost.blocks import block_rows, parse_shape
+
+    rows = block_rows(parse_shape(shape))
+    if as_json:
+        _json(rows)
+    else:
+        _print_blocks(rows)
+
+
+def _search(experiment: "Experiment", trials: int | None) -> None:
+    from nasattn.search.display import Display
+    from nasattn.search.loop import Search
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found = Search(experiment, Display(_console()))
+    try:
+        study = found.run(trials or experiment.search.trials)
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(1) from None
+    _print_frontier(study)
+    print(f"files: {study.folder}")
+    print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
+
+
+def _experiment(path: Path, storage: str | None = None, workers: int | None = None) -> "Experiment":
+    from nasattn.config import Experiment, storage_url
+
+    experiment = Experiment.load(path)
+    if workers not in (None, 1):
+        raise UserError(f"--workers: got {workers}; allowed for now: 1")
+    if storage is not None:
+        try:
+            experiment = experiment.model_copy(update={"storage": storage_url(storage)})
+        except ValueError as error:
+            raise UserError(f"--storage: {error}") from None
+    return experiment
+
+
+def _study(experiment: Path | None, storage: str | None, name: str | None) -> "Study":
+    from nasattn.search.study import load_study
+
+    if experiment is not None:
+        if name is not None:
+            raise UserError("give EXPERIMENT.yaml, or --storage and --study, not both")
+        loaded = _experiment(experiment, storage)
+        return load_study(loaded.storage, loaded.study)
+    if storage is None or name is None:
+        raise UserError("which study? Give EXPERIMENT.yaml, or both --storage URL and --study NAME")
+    return load_study(storage, name)
+
+
+def _print_costs(rows: "list[dict[str, Any]]", total: "dict[str, Any]") -> None:
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column("")
+    for metric in total:
+        table.add_column(metric, justify="right")
+    for row in rows:
+        place = row.get("site") or row["block"]
+        detail = row.get("spec") or "x".join(map(str, row["output"]))
+        over = "" if row.get("fits", True) else "  over budget"
+        figures = (f"{row['cost'][m]:,.10g}" for m in total)
+        table.add_row(f"{place}  {detail}{over}", *figures)
+    table.add_row("the network", *(f"{value:,.10g}" for value in total.values()))
+    _console().print(table)
+
+
+def _print_frontier(study: "Study") -> None:
+    from rich.table import Table
+
+    from nasattn.search.display import placed
+
+    trials = study.trials
+    front = study.frontier(trials)
+    baseline = [t for t in trials if t.baseline and t.score]
+    knee = study.knee(trials).number if front else None
+    table = Table(box=None, title=f"frontier of {study.name}", title_justify="left")
+    metrics = list(study.facts["plain"])
+    for column in ("trial", "accuracy", *metrics, "blocks"):
+        table.add_column(column, justify="left" if column == "blocks" else "right")
+    for trial in baseline + [t for t in front if not t.baseline]:
+        assert trial.score is not None
+        score = f"{trial.score.accuracy:.4f}" if trial.score.spread is None else trial.score.text
+        costs = []
+        for metric in metrics:
+            value, plain = trial.cost.values[metric], study.facts["plain"][metric]
+            ratio = f" ({value / plain:.3f}x)" if metric in study.config.costs else ""
+            costs.append(f"{value:,.10g}{ratio}")
+        name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
+        table.add_row(name, score, *costs, placed(trial.architecture.specs))
+    _console().print(table)
+    if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
+        print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
+
+
+def _print_blocks(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    size = "x".join(map(str, rows[0]["shape"]))
+    figures = Table(box=None, title=f"on one map of {size}, default options", title_justify="left")
+    options = Table(box=None)
+    metrics = {"params": "params", "macs": "MACs", "map_elements": "map elements"}
+    for column in ("block", "identity by"):
+        figures.add_column(column)
+    for column in metrics.values():
+        figures.add_column(column, justify="right")
+    for column in ("option", "default", "allowed"):
+        options.add_column(column, no_wrap=column != "allowed")
+    for row in rows:
+        costs = ["-" if row[m] is None else f"{row[m]:,}" for m in metrics]
+        figures.add_row(row["block"], row["identity"], *costs)
+        for option, rule in row["options"].items():
+            shown = json.dumps(rule["default"]).strip('"')
+            options.add_row(f"{row['block']}.{option}", shown, rule["allowed"])
+    console = _console()
+    for row in rows:
+        console.print(f"{row['block']:>14}  {row['title']} ({row['year']})", highlight=False)
+    console.print("", options, "", figures)
+    for row in rows:
+        if row["reason"]:
+            print(f"- {row['reason']}")
+
+
+@contextlib.contextmanager
+def _counting(text: str) -> "Iterator[Callable[[float, int, float], None]]":
+    """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
+    many are done, of how many, and the noise."""
+    from rich import progress
+    from rich.console import Console
+
+    console, told = Console(stderr=True), -1
+    columns = (
+        progress.TextColumn("{task.description}  {task.completed:.0f}/{task.total:.0f}"),
+        progress.BarColumn(),
+        progress.TextColumn("noise {task.fields[noise]:.0%}"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None, noise=0.0)
+
+        def tell(done: float, total: int, noise: float) -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=total, noise=noise)
+            if not console.is_terminal and int(10 * done / total) > told:
+                told = int(10 * done / total)
+                print(f"{text}  {done:.0f}/{total}  noise {noise:.0%}", file=sys.stderr)
+
+        yield tell
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # A file or a pipe has no width: lines there are as long as they need to be.
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """The command `nasattn`: exit code 0 done, 2 the input is wrong, 1 anything else."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"nasattn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrialFailed as error:
+        print(f"nasattn: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,410 @@
+"""The YAML of an experiment and of a space as strict models: nothing is guessed or ignored."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from nasattn.architecture import BackboneFields, Input
+from nasattn.catalog import BLOCKS, Entry, Scalar
+from nasattn.document import (
+    Float,
+    Int,
+    Mistakes,
+    Natural,
+    Positive,
+    Source,
+    Strict,
+    check,
+    load_yaml,
+    read_number,
+    read_whole,
+    tuples,
+)
+from nasattn.errors import UserError, lookup
+
+Rate = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(ge=0, lt=1)]
+Metric = Literal["macs", "params", "latency_s", "peak_memory_bytes"]
+
+
+def _rebased(path: str, info: ValidationInfo) -> Path:
+    """A path in a file is relative to that file (given as the validation context)."""
+    return Path(info.context or ".", path).resolve()
+
+
+class Limit(Strict):
+    """A budget: absolute in base units, or relative to the plain backbone (`1.25x`)."""
+
+    value: float
+    relative: bool = False
+
+    @classmethod
+    def parse(cls, text: object) -> "Limit":
+        relative = isinstance(text, str) and text.strip().endswith("x")
+        number = read_number(str(text).strip()[:-1] if relative else text)
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, (int, float))
+            or not 0 < number < math.inf
+        ):
+            raise ValueError(
+                f"got {text!r}; allowed: a number above zero such as 300M, 60k or 3e8, "
+                "or relative to the plain backbone such as 1.25x"
+            )
+        return cls(value=float(number), relative=relative)
+
+    def __str__(self) -> str:
+        return repr(self.value).removesuffix(".0") + "x" * self.relative
+
+    def resolve(self, plain: int | float) -> float:
+        """The limit in base units, where the plain backbone costs `plain`."""
+        return self.value * plain if self.relative else self.value
+
+
+Budget = Annotated[
+    Limit,
+    BeforeValidator(lambda v: v if isinstance(v, Limit) else Limit.parse(v)),
+    PlainSerializer(str),
+]
+
+
+class Vary(Strict):
+    """What of each block of the backbone is searched; the baseline takes the first of each.
+
+    optional: a block that repeats the one before it may be left out.
+    """
+
+    expansion: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=1)]
+    kernel: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=1)]
+    se: Annotated[tuple[Share, ...], BeforeValidator(tuples), Field(min_length=1)] = (0.0,)
+    optional: bool = False
+
+
+class SpaceFile(Strict):
+    """A search space: which blocks, with which options, may stand where in which backbone."""
+
+    backbone: BackboneFields
+    input: Input = (3, 224, 224)
+    classes: Positive = 1000
+    sites: Annotated[tuple[str, ...], BeforeValidator(tuples), Field(min_length=1)]
+    blocks: Annotated[dict[str, dict[str, tuple[Scalar, ...]]], Field(min_length=1)]
+    max_blocks: Positive | None = None
+    vary: Vary | None = None
+
+    @model_validator(mode="after")
+    def _varied(self) -> Self:
+        if self.vary and self.backbone["name"] != "autonl":
+            raise ValueError(f"vary: got it with {self.backbone['name']}; allowed with: autonl")
+        return self
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _known_blocks(cls, blocks: object) -> object:
+        """`{lightnl: {ratio: [0.125, 0.25]}}`; a single value may stand without brackets."""
+        if not isinstance(blocks, Mapping):
+            return blocks
+        read: dict[str, dict[str, tuple[Scalar, ...]]] = {}
+        mistakes = Mistakes()
+        for name, options in ((str(name), options) for name, options in blocks.items()):
+            with mistakes.at(name):
+                block = lookup(BLOCKS, name, "block")
+                if options is not None and not isinstance(options, Mapping):
+                    raise UserError(f"got {options!r}; allowed: options such as ratio: [0.25]")
+                read[name] = {}
+                for option, given in (options or {}).items():
+                    with mistakes.at(name, str(option)):
+                        read[name][str(option)] = _values(block, str(option), given)
+        mistakes.report()
+        return read
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return check(cls, *load_yaml(Path(path)))
+
+
+def _values(block: Entry, option: str, given: object) -> tuple[Scalar, ...]:
+    """What an option may be: the values of a list, or the only one."""
+    rule = lookup(block.options, option, "option")
+    values = given if isinstance(given, (list, tuple)) else [given]
+    if not values:
+        raise UserError("the list is empty")
+    checked = tuple(rule.check(read_whole(value)) for value in values)
+    if len(set(checked)) < len(checked):
+        raise UserError(f"got {given!r}: a value is given twice")
+    return checked  # type: ignore[return-value]  # no block's option is a table
+
+
+class CuedDigits(Strict):
+    """The embedded data set (nasattn.data.cued_digits): the splits' sizes, seed and noise."""
+
+    name: Literal["cued_digits"]
+    train: Positive = 16_000
+    val: Positive = 4_000
+    test: Positive = 4_000
+    seed: Natural = 0
+    noise: Annotated[Float, Field(ge=0, le=1)] = 0.1
+
+
+class ImageFolder(Strict):
+    """Images in folders, one a class: `root/{train,val,test}/CLASS/`, or `root/CLASS/` split by a
+    seed.
+
+    size: what is read is resized and cropped to the space's input. mean, std: of pixels in [0, 1],
+    one number a channel or one for all (default: ImageNet's). val, test: the shares of the images
+    where the split is drawn by the seed. bad: the largest share of files that may be unreadable
+    before the run is refused. loaders: worker processes that read; 0: the training process reads.
+    """
+
+    name: Literal["image_folder"]
+    root: Path
+    size: Positive | None = None
+    mean: Annotated[tuple[Float, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    std: Annotated[tuple[Rate, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    augment: Literal["none", "crop_flip", "crop_flip_color"] = "crop_flip"
+    val: Annotated[Float, Field(gt=0, lt=1)] = 0.15
+    test: Annotated[Float, Field(gt=0, lt=1)] = 0.15
+    seed: Natural = 0
+    bad: Share = 0.01
+    loaders: Natural = 0
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _root(cls, path: object, info: ValidationInfo) -> object:
+        return _rebased(path, info) if isinstance(path, str) else path
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"val and test take {self.val:g} + {self.test:g} of the images; "
+                "allowed: together below 1, so that some are left to train on"
+            )
+        return self
+
+
+DataFile = Annotated[CuedDigits | ImageFolder, Field(discriminator="name")]
+
+
+class Schedule(Strict):
+    """How a network is trained. `ema` is the decay of the weights' running mean (0: none), `clip`
+    the largest gradient norm (0: none), `warmup` the share of the steps in which the rate rises."""
+
+    epochs: Positive = 1
+    batch_size: Positive = 64
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Rate = 5e-3
+    momentum: Share = 0.9
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.02
+    schedule: Literal["onecycle", "cosine"] = "onecycle"
+    warmup: Share = 0.25
+    label_smoothing: Share = 0.0
+    ema: Share = 0.0
+    clip: Annotated[Float, Field(ge=0)] = 0.0
+
+
+class Training(Schedule):
+    """A candidate's schedule. warm_start: candidates and the baseline go on from the plain
+    backbone's weights, else all are trained from scratch. seeds: repeats of each evaluation."""
+
+    warm_start: bool = False
+    seeds: Positive = 1
+
+
+class Search(Strict):
+    """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted."""
+
+    sampler: Literal["frontier", "tpe", "nsga2", "random"] = "tpe"
+    trials: Positive = 40
+    seed: Natural = 0
+    workers: Annotated[Int, Field(ge=1, le=1)] = 1
+    population: Annotated[Int, Field(ge=2)] | None = None
+
+    @model_validator(mode="after")
+    def _population(self) -> Self:
+        if self.population is not None and self.sampler != "nsga2":
+            raise ValueError(f"population is an option of nsga2; the sampler is {self.sampler}")
+        return self
+
+
+class TrainerFile(Strict):
+    """Where the training runs. threads: of one process on the CPU."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: Positive = 1
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    channels_last: bool = True
+    threads: Positive = 1
+
+
+class Experiment(Strict):
+    """One study, whole: what is searched, on which data, how candidates are trained and judged.
+
+    latency: the target device's table, which `nasattn profile` measured, for the metric latency_s.
+    """
+
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    storage: Annotated[str, Field(validate_default=True)] = "sqlite:///runs/nasattn.db"
+    space: SpaceFile
+    data: DataFile
+    training: Training = Training()
+    pretrain: Schedule = Schedule()
+    objectives: Annotated[tuple[Literal["accuracy", Metric], ...], BeforeValidator(tuples)] = (
+        "accuracy",
+        "macs",
+    )
+    budget: dict[Metric, Budget] = Field(default_factory=dict)
+    latency: dict[str, Any] | None = None
+    search: Search = Search()
+    trainer: TrainerFile = TrainerFile()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrain_as_training(cls, fields: Any) -> Any:
+        """What `pretrain` leaves out is as in `training`."""
+        if not isinstance(fields, dict):
+            return fields
+        training, pretrain = fields.get("training", {}), fields.get("pretrain", {})
+        if not isinstance(training, dict) or not isinstance(pretrain, dict):
+            return fields
+        shared = {k: v for k, v in training.items() if k in Schedule.model_fields}
+        return fields | {"pretrain": shared | pretrain}
+
+    @field_validator("latency", mode="before")
+    @classmethod
+    def _latency(cls, table: object, info: ValidationInfo) -> object:
+        """The table itself, or the path of its file: it is stored with the study."""
+        if not isinstance(table, str):
+            return table
+        try:
+            return load_yaml(_rebased(table, info))[0]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _latency_given(self) -> Self:
+        if "latency_s" in (*self.objectives, *self.budget) and self.latency is None:
+            raise ValueError(
+                "latency: this key is missing: latency_s needs the table of the target device, "
+                "which `nasattn profile` measures there"
+            )
+        return self
+
+    @field_validator("storage")
+    @classmethod
+    def _storage(cls, url: str, info: ValidationInfo) -> str:
+        return storage_url(url, info.context or ".")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _space(cls, space: object, info: ValidationInfo) -> object:
+        """The space itself, or the path of the file that holds it."""
+        if isinstance(space, str):
+            try:
+                return SpaceFile.load(_rebased(space, info))
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return space
+
+    @model_validator(mode="after")
+    def _warm_start(self) -> Self:
+        if self.training.warm_start and self.space.vary:
+            raise ValueError(
+                "training.warm_start: got true with a space that varies the backbone (`vary`), "
+                "whose weights do not fit one another; allowed: false"
+            )
+        return self
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names.count("accuracy") != 1 or len(set(names)) < len(names) or len(names) < 2:
+            raise ValueError(
+                f"got {list(names)}; allowed: accuracy exactly once and at least one cost, "
+                f"each once ({', '.join(get_args(Metric))})"
+            )
+        return names
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All costs that the study needs: MACs and parameters always."""
+        named = [*self.objectives, *self.budget]
+        return tuple(m for m in get_args(Metric) if m in ("macs", "params") or m in named)
+
+    @property
+    def costs(self) -> tuple[Metric, ...]:
+        """The objectives that are minimised."""
+        return tuple(name for name in self.objectives if name != "accuracy")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """From a YAML file; one UserError lists everything that is wrong with it."""
+        path = Path(path)
+        data, source = load_yaml(path)
+        return check(cls, data, source, context=path.parent.resolve())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back, the space included: no file is needed again."""
+        fields: dict[str, Any] = json.loads(self.model_dump_json())
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: object, name: str = "experiment") -> Self:
+        return check(cls, fields, Source(name))
+
+
+def storage_url(url: str, folder: str | Path = ".") -> str:
+    """The URL as SQLAlchemy wants it: a relative sqlite path taken from `folder`, psycopg for
+    PostgreSQL."""
+    scheme, separator, rest = url.partition("://")
+    sqlite = scheme.partition("+")[0] == "sqlite"
+    if not separator or not scheme or (sqlite and rest and not rest.startswith("/")):
+        raise ValueError(
+            f"got '{url}'; allowed: a database URL such as sqlite:///runs/nasattn.db "
+            "or postgresql://user@host/name"
+        )
+    if scheme in ("postgresql", "postgres"):
+        return f"postgresql+psycopg://{rest}"
+    if sqlite and rest.strip("/") not in ("", ":memory:") and not rest.startswith("//"):
+        return f"{scheme}:///{Path(folder, rest[1:]).resolve()}"
+    return url
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key.path: old -> new` for each leaf that differs."""
+    lines: list[str] = []
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+__all__ = [
+    "Budget",
+    "CuedDigits",
+    "Experiment",
+    "ImageFolder",
+    "Limit",
+    "Metric",
+    "Schedule",
+    "Search",
+    "SpaceFile",
+    "TrainerFile",
+    "Training",
+    "differences",
+    "read_whole",
+    "storage_url",
+]

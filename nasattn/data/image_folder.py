@@ -1,0 +1,392 @@
+"""A user's own images in folders: `root/{train,val,test}/CLASS/`, or `root/CLASS/` split by a seed.
+
+The classes are the folders' names in sorted order; a class's folder is read with all folders in it.
+Hidden files and files that are no images by their extension are passed over. Every image is decoded
+once before the training: what cannot be decoded is named and left out, up to the share `bad`.
+
+train, by `augment`: crop_flip takes a box of .08 to 1 of the area with 3/4 to 4/3 of the input's
+own aspect, and mirrors every second image; crop_flip_color also scales brightness, contrast and
+saturation by .6 to 1.4 each, in this order. val and test (and train with `none`): the largest
+centred box of the input's aspect, less a margin: as if resized to 1.14 times the input and cropped.
+A box is read with one antialiased bilinear resampling.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from kornia import enhance
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from nasattn.config import ImageFolder
+from nasattn.data import Batch, Data, Shape, stratify
+from nasattn.errors import TrialFailed, UserError, suggest
+
+Files = list[tuple[Path, int]]
+Box = tuple[float, float, float, float]
+
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+MARGIN = 1.14  # 256 / 224, rounded: what is resized to, over what is cropped from it
+AREA, ASPECT, COLOR = (0.08, 1.0), (3 / 4, 4 / 3), (0.6, 1.4)
+NAMED = 10  # files named in a message; the rest are counted
+SLOW = 10.0  # seconds of checking from which the result is kept for the next run
+
+# ImageNet's mean and deviation; a single channel is their average.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """Images that are read from their files a batch at a time."""
+
+    paths: Sequence[Path]
+    labels: Tensor
+    input: Shape
+    mean: Tensor
+    std: Tensor
+    augment: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        rows = [i % len(self) for i in indices]
+        rngs = [None if self.augment == "none" else np.random.default_rng(i) for i in indices]
+        x = torch.stack([self._read(self.paths[r], rng) for r, rng in zip(rows, rngs, strict=True)])
+        if self.augment == "crop_flip_color":
+            x = _recolor(x, [rng for rng in rngs if rng])
+        return (x - self.mean) / self.std, self.labels[rows]
+
+    def _read(self, path: Path, rng: np.random.Generator | None) -> Tensor:
+        """float32 (C, H, W) in [0, 1]; centred without rng, else a random box, perhaps mirrored."""
+        channels, height, width = self.input
+        try:
+            image = decode(path, channels)
+        except Exception as error:  # a decoder may raise anything on a damaged file
+            raise TrialFailed(f"{path} could be read before, now it cannot: {error}") from error
+        box = _centre(image.size, self.input) if rng is None else _crop(image.size, self.input, rng)
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
+        if rng is not None and rng.random() < 0.5:
+            pixels = pixels[:, ::-1].copy()
+        return torch.from_numpy(pixels).permute(2, 0, 1).expand(channels, height, width)
+
+
+def load(config: ImageFolder, input: Shape, classes: int) -> Data:
+    """See nasattn.data.load."""
+    mean, std = _normalisation(config, input)
+    folders = _folders(config.root)
+    names = _names(folders, classes)
+    notes: list[str] = []
+    passed_over: Counter[str] = Counter()
+    files = {part: _list(folder, names, passed_over) for part, folder in folders.items()}
+    if passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+        notes.append(f"{passed_over.total()} files are no images of a class: {kinds}")
+    splits = _split(files, config, notes)
+    faults = _faults([path for part in splits.values() for path, _ in part], config.root)
+    notes += _report(faults, config)
+    splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
+    notes += _check_cover(splits, names, config.root)
+    train, val, test = (
+        Images(
+            paths=[path for path, _ in splits[name]],
+            labels=torch.tensor([label for _, label in splits[name]]),
+            input=input,
+            mean=mean,
+            std=std,
+            augment=config.augment if name == "train" else "none",
+        )
+        for name in ("train", "val", "test")
+    )
+    return Data(
+        classes=classes,
+        input=input,
+        train=train,
+        val=val,
+        test=test,
+        notes=notes,
+        loaders=config.loaders,
+    )
+
+
+def decode(path: Path, channels: int) -> Image.Image:
+    """The picture upright (by its EXIF orientation), values 0 to 255: L or RGB, for 1 or 3
+    channels; F for 16-bit grey, which keeps its depth.
+
+    What is transparent lies on white: cut-outs and drawings are made for a light page, and black
+    ink would vanish on black. Colour profiles are not applied. Of an animation it is the first
+    frame. Floating point and 32-bit grey have no agreed range and are refused by a ValueError; a
+    damaged file raises whatever its decoder does.
+    """
+    with Image.open(path) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            return _sixteen_bits(image)
+        picture: Image.Image = image
+        if image.has_transparency_data:
+            page = Image.new("RGBA", image.size, "white")
+            picture = Image.alpha_composite(page, image.convert("RGBA"))
+        picture = picture.convert("RGB")  # to grey only from here: Pillow has no way from LAB to L
+        return picture.convert("L") if channels == 1 else picture
+
+
+def _sixteen_bits(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion to 8 bits clips at 255; this one scales."""
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"mode {image.mode} has no agreed range; save it with 8 or 16 bits")
+    return Image.fromarray(pixels.astype(np.float32) / 257)
+
+
+def _centre(size: tuple[int, int], input: Shape) -> Box:
+    """The box (left, top, right, bottom) of validation in an image of (width, height)."""
+    _, height, width = input
+    scale = MARGIN * max(width / size[0], height / size[1])
+    w, h = width / scale, height / scale
+    left, top = (size[0] - w) / 2, (size[1] - h) / 2
+    return left, top, left + w, top + h
+
+
+def _crop(size: tuple[int, int], input: Shape, rng: np.random.Generator) -> Box:
+    """A random box of training; after ten that did not fit, the largest centred one."""
+    w, h = size
+    own = input[2] / input[1]
+    for _ in range(10):
+        area = w * h * rng.uniform(*AREA)
+        aspect = own * np.exp(rng.uniform(*np.log(ASPECT)))
+        width, height = float(np.sqrt(area * aspect)), float(np.sqrt(area / aspect))
+        if width <= w and height <= h:
+            left, top = rng.uniform(0, w - width), rng.uniform(0, h - height)
+            return left, top, min(left + width, w), min(top + height, h)
+    width, height = min(w, h * own), min(h, w / own)
+    left, top = (w - width) / 2, (h - height) / 2
+    return left, top, left + width, top + height
+
+
+def _recolor(x: Tensor, rngs: Iterable[np.random.Generator]) -> Tensor:
+    """Each image of x (N, C, H, W), in [0, 1], with its own brightness, contrast and saturation."""
+    factors = torch.tensor(np.array([rng.uniform(*COLOR, size=3) for rng in rngs]), dtype=x.dtype)
+    brightness, contrast, saturation = factors.unbind(1)
+    x = enhance.adjust_brightness_accumulative(x, brightness)
+    x = enhance.adjust_contrast_with_mean_subtraction(x, contrast)
+    return enhance.adjust_saturation_with_gray_subtraction(x, saturation)
+
+
+def _normalisation(config: ImageFolder, input: Shape) -> tuple[Tensor, Tensor]:
+    """mean and std as (C, 1, 1); refuses options that disagree with the input."""
+    channels, height, width = input
+    wrong = []
+    if channels not in (1, 3):
+        wrong.append(f"input: the space says {list(input)}; images have 1 (grey) or 3 channels")
+    if config.size is not None and (height, width) != (config.size, config.size):
+        wrong.append(
+            f"data.size: got {config.size}, but the space says input: {list(input)}; leave size "
+            f"out, or write input: [{channels}, {config.size}, {config.size}] in the space"
+        )
+    tensors = []
+    for name, given, usual in (("mean", config.mean, MEAN), ("std", config.std, STD)):
+        values = given or (usual if channels == 3 else (sum(usual) / 3,))
+        if len(values) not in (1, channels):
+            wrong.append(
+                f"data.{name}: got {len(values)} numbers, but the space says input: {list(input)}; "
+                f"allowed: 1 number{f' or {channels}' if channels > 1 else ''}"
+            )
+        tensors.append(torch.tensor(values).reshape(-1, 1, 1))
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return tensors[0], tensors[1]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without what is hidden."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """Split -> its folder; {"all": root} where the class folders lie in the root itself."""
+    if not root.is_dir():
+        near = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise UserError(f"data.root: there is no folder {root}{suggest(root.name, near)}")
+    found = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    others = [p.name for p in _inside(root) if p.is_dir() and p.name not in found]
+    if "train" in found and "val" in found:
+        return found
+    if "train" in found and not others:
+        raise UserError(
+            f"data.root: {root} has train/ but no val/; add val/ (and test/) with the same class "
+            "folders, or put the class folders into the root itself, to have them split by the seed"
+        )
+    return {"all": root}
+
+
+def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
+    """The classes: the folders in train or in the root; as many as the space has."""
+    where = folders.get("train") or folders["all"]
+    names = [path.name for path in _inside(where) if path.is_dir()]
+    if len(names) != classes:
+        shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+        raise UserError(
+            f"data.root: class folders in {where}: {len(names)} ({shown or 'none'}), but the space "
+            f"says classes: {classes}; write classes: {len(names)} in the space, or check the root"
+        )
+    for part, folder in folders.items():
+        for path in _inside(folder):
+            if path.is_dir() and path.name not in names:
+                raise UserError(
+                    f"data.root: {part}/ has the class '{path.name}' that train/ has not"
+                    f"{suggest(path.name, names)}"
+                )
+    return names
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files in a folder and all folders in it, sorted, without what is hidden."""
+    found: list[Path] = []
+    for path in _inside(folder):
+        found += _visible(path) if path.is_dir() else [path]
+    return found
+
+
+def _list(folder: Path, names: Sequence[str], passed_over: Counter[str]) -> Files:
+    """The images of the class folders in sorted order; counts what else is there by its kind."""
+    labels = {name: label for label, name in enumerate(names)}
+    files: Files = []
+    for path in _visible(folder):
+        first, *rest = path.relative_to(folder).parts
+        if path.suffix.lower() not in EXTENSIONS:
+            passed_over[path.suffix.lower() or "no extension"] += 1
+        elif not rest:
+            passed_over["outside the class folders"] += 1
+        else:
+            files.append((path, labels[first]))
+    return files
+
+
+def _split(files: Mapping[str, Files], config: ImageFolder, notes: list[str]) -> dict[str, Files]:
+    """The three splits. They are drawn before unreadable files are left out, so that mending a file
+    moves no other one from split to split."""
+    if "test" in files:
+        return dict(files)
+    if "all" in files:
+        whole, given = files["all"], {}
+        shares = {"val": config.val, "test": config.test}
+    else:
+        whole, given = files["train"], {"val": files["val"]}
+        shares = {"test": config.test}
+        notes.append(
+            f"there is no test folder: {config.test:g} of the images in train, drawn by seed "
+            f"{config.seed}, are the test split"
+        )
+    labels = np.array([label for _, label in whole], np.int64)
+    parts = stratify(labels, list(shares.values()), config.seed)
+    drawn = dict(zip([*shares, "train"], parts, strict=True))
+    return given | {name: [whole[i] for i in part] for name, part in drawn.items()}
+
+
+def _faults(paths: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Path -> why it cannot be decoded, or "" where it can.
+
+    Every file is really decoded, unless an earlier run, whose check took long, found it good and
+    its size and time of change are still the same.
+    """
+    name = hashlib.sha256(f"{root} {PIL.__version__}".encode()).hexdigest()[:16]
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nasattn", f"images-{name}.json")
+    stamps = {path: _stamp(path) for path in paths}
+    good = _recall(memory.expanduser())
+    new = [path for path in paths if stamps[path] not in good]
+    start = time.monotonic()
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata; the pixels are what is judged
+        faults = dict.fromkeys(paths, "") | dict(zip(new, pool.map(_fault, new), strict=True))
+    if time.monotonic() - start > SLOW:
+        _remember(memory.expanduser(), [stamps[path] for path in paths if not faults[path]])
+    return faults
+
+
+def _stamp(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:  # such as a link to nowhere: the decoder's to say
+        return ""
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def _recall(memory: Path) -> frozenset[str]:
+    try:
+        return frozenset(json.loads(memory.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def _remember(memory: Path, stamps: Sequence[str]) -> None:
+    part = memory.with_suffix(f".{os.getpid()}")
+    # A home that cannot be written to costs only the next check's time.
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(stamps), encoding="utf-8")
+        part.replace(memory)
+
+
+def _fault(path: Path) -> str:
+    try:
+        decode(path, 3)
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _report(faults: Mapping[Path, str], config: ImageFolder) -> list[str]:
+    """A note that names the unreadable files; a UserError where they exceed the share `bad`."""
+    bad = {path: why for path, why in faults.items() if why}
+    if not bad:
+        return []
+    lines = [f"{len(bad)} of {len(faults)} images cannot be read:"]
+    lines += [
+        f"  {path.relative_to(config.root)}: {why}" for path, why in list(bad.items())[:NAMED]
+    ]
+    lines += [f"  and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
+    if len(bad) / len(faults) > config.bad:
+        share = math.ceil(1e4 * len(bad) / len(faults)) / 1e4
+        hint = f", or write bad: {share:g} to go on without them" if share < 1 else ""
+        lines.append(f"data.bad: got {config.bad:g}; mend or delete the files{hint}")
+        raise UserError("\n".join(lines))
+    return ["\n".join([*lines, "they are left out"])]
+
+
+def _check_cover(splits: Mapping[str, Files], names: Sequence[str], root: Path) -> list[str]:
+    """Refuses a class without an image in train, or an empty split; notes other gaps."""
+    notes = []
+    for part, files in splits.items():
+        held = {label for _, label in files}
+        absent = [name for label, name in enumerate(names) if label not in held]
+        shown = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
+        if absent and part == "train":
+            raise UserError(
+                f"data.root: {root} leaves no image to train on for the class {shown}; add images "
+                "(at least 3 where the splits are drawn by the seed), or delete the folder and "
+                "lower classes in the space"
+            )
+        if not files:
+            raise UserError(f"data.root: {root} has no image for the split {part}")
+        if absent:
+            notes.append(
+                f"{part} has no image of the class {shown}: its accuracy says nothing of it"
+            )
+    return notes

@@ -1,0 +1,28 @@
+"""The errors a user can act on. The command line prints them without a traceback."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """The input is wrong: the message says where, what was seen, what is allowed. Exit code 2."""
+
+
+class TrialFailed(Exception):
+    """One evaluation cannot give a score; the message is the reason that is recorded."""
+
+
+def suggest(word: object, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when something allowed is close to the word, else the empty string."""
+    near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`, or a UserError that lists what there is."""
+    if name in table:
+        return table[name]
+    raise UserError(f"unknown {what} '{name}'; allowed: {', '.join(table)}{suggest(name, table)}")

@@ -1,0 +1,180 @@
+"""Evaluation of an architecture: built, given the plain backbone's weights, trained, scored."""
+
+import json
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nasattn.architecture import Architecture
+from nasattn.config import Experiment, Schedule
+from nasattn.data import Data, load
+from nasattn.evaluate.train import Tick, fit, test, weights_of
+from nasattn.model import build, load_backbone
+from nasattn.record import Score
+from nasattn.seed import derive
+
+Weights = Mapping[str, Tensor]
+
+
+class Evaluator:
+    """Scores architectures of one experiment, the plain backbone like every other.
+
+    With `warm_start` all of them go on from one trained plain backbone, whose weights lie in
+    `folder`; when they are gone it is trained again, from the same seed.
+    """
+
+    name = "train"
+
+    def __init__(
+        self, experiment: Experiment, data: Data, plain: Architecture, folder: Path
+    ) -> None:
+        self.experiment, self.data, self.plain, self.folder = experiment, data, plain, folder
+        self._backbone: Weights | None = None
+
+    def __call__(self, architecture: Architecture, tick: Tick) -> tuple[Score, Weights]:
+        """The mean score over the repeats, and the first repeat's weights. Raises TrialFailed."""
+        training = self.experiment.training
+        scores, weights = [], None
+        for repeat in range(training.seeds):
+            seed = self.seed(architecture, repeat)
+            network = self._start(architecture, seed)
+            score = fit(
+                network,
+                self.data,
+                training,
+                seed=seed,
+                where=self.experiment.trainer,
+                evaluator=self.name,
+                tick=partial(_part, tick, repeat, training.seeds),
+            )
+            scores.append(score)
+            weights = weights or weights_of(network)
+        assert weights is not None
+        return Score.mean(scores), weights
+
+    def from_scratch(
+        self, architecture: Architecture, schedule: Schedule, tick: Tick
+    ) -> tuple[Score, Weights]:
+        """One training without the backbone's weights."""
+        seed = self.seed(architecture, "scratch")
+        torch.manual_seed(seed)
+        network = build(architecture)
+        score = fit(
+            network, self.data, schedule, seed=seed, where=self.experiment.trainer, tick=tick
+        )
+        return score, weights_of(network)
+
+    def prepare(self, tick: Tick) -> bool:
+        """Have the plain backbone's weights ready; True when it was trained now."""
+        if not self.experiment.training.warm_start or self._backbone is not None:
+            return False
+        self._backbone = self._stored()
+        if self._backbone is None:
+            score, self._backbone = self.from_scratch(self.plain, self.experiment.pretrain, tick)
+            facts = self._facts() | {"accuracy": f"{score.accuracy:.6f}"}
+            store(self._file, self._backbone, facts)
+            return True
+        return False
+
+    @property
+    def stored(self) -> bool:
+        """Whether the plain backbone's weights are at hand."""
+        return self._backbone is not None or self._stored() is not None
+
+    def seed(self, architecture: Architecture, repeat: int | str) -> int:
+        return derive(self.experiment.search.seed, architecture.key, repeat)
+
+    def estimate(self, trainings: int, *, prepare: bool) -> float:
+        """Seconds that so many candidates will take, from a few steps of the plain backbone. Blocks
+        come on top, so it is a lower figure; prepare: with the backbone's own training."""
+        training, few = self.experiment.training, 8
+        with torch.random.fork_rng(devices=[]):
+            network, seconds = build(self.plain), 0.0
+            for _ in range(2):  # the first run warms up
+                start = time.perf_counter()
+                fit(
+                    network,
+                    self.data,
+                    training.model_copy(update={"epochs": 1}),
+                    seed=0,
+                    where=self.experiment.trainer,
+                    batches=few,
+                )
+                seconds = time.perf_counter() - start
+        epochs = trainings * training.seeds * training.epochs
+        epochs += self.experiment.pretrain.epochs if prepare else 0
+        return epochs * seconds / few * (len(self.data.train) / training.batch_size)
+
+    def _start(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        network = build(architecture)
+        if self.experiment.training.warm_start:
+            assert self._backbone is not None, "prepare() comes first"
+            load_backbone(network, self._backbone)
+        return network
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "backbone.safetensors"
+
+    def _facts(self) -> dict[str, str]:
+        """What the stored weights must have come from to be used."""
+        experiment = self.experiment.as_dict()
+        what = {k: experiment[k] for k in ("data", "pretrain")} | {
+            "architecture": self.plain.key,
+            "seed": self.seed(self.plain, "scratch"),
+        }
+        return {"from": json.dumps(what, sort_keys=True)}
+
+    def _stored(self) -> Weights | None:
+        try:
+            with safe_open(self._file, "pt") as file:
+                facts = file.metadata() or {}
+            same = facts.get("from") == self._facts()["from"]
+            return load_file(self._file) if same else None
+        except (OSError, SafetensorError):
+            return None
+
+
+def train_architecture(
+    architecture: Architecture,
+    experiment: Experiment,
+    out: Path,
+    *,
+    epochs: int | None,
+    on_test: bool,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Train one architecture from scratch by the experiment's full schedule (`pretrain`), write its
+    weights to `out` and return its figures. on_test: score the test split too."""
+    data = load(experiment.data, architecture.input, architecture.classes)
+    schedule = experiment.pretrain.model_copy(update={"epochs": epochs} if epochs else {})
+    evaluator = Evaluator(experiment, data, architecture, out.parent)
+    score, weights = evaluator.from_scratch(architecture, schedule, tick)
+    store(out, weights, {"key": architecture.key})
+    figures: dict[str, Any] = {"key": architecture.key, "weights": str(out), **score.as_dict()}
+    if on_test:
+        network = build(architecture)
+        network.load_state_dict(weights)
+        where = experiment.trainer
+        figures["test"] = test(network, data, batch_size=schedule.batch_size, where=where)
+    return figures
+
+
+def _part(tick: Tick, done: int, repeats: int, share: float, accuracy: float | None) -> None:
+    tick((done + share) / repeats, accuracy)
+
+
+def store(path: Path, weights: Weights, facts: Mapping[str, str] | None = None) -> None:
+    """Write weights as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    save_file(dict(weights), draft, metadata=dict(facts or {}))
+    draft.replace(path)

@@ -1,0 +1,265 @@
+"""Files for use elsewhere, compared with the eager network before they are kept."""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nasattn import __version__
+from nasattn.errors import UserError
+from nasattn.model import build
+from nasattn.record import Trial
+from nasattn.search.study import Study, accuracy, make_folder
+
+LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
+BATCHES = (1, 3)
+INSTALL = "pip install 'nasattn[export]'"
+ONE_FILE = 1_500_000_000  # of weights; more go into a file beside, as ONNX ends at 2 GB
+
+
+class ExportRefused(Exception):
+    """The ONNX exporter cannot express the network, or its file does not compute what it does."""
+
+
+def check_export(out: Path) -> None:
+    """Raise a UserError where an export to the folder `out` cannot succeed, and leave no trace."""
+    missing = [n for n in ("onnx", "onnxruntime", "onnxscript") if find_spec(n) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"the export needs packages that are not here ({names}): {INSTALL}")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"--out: {there} is a file; allowed: a folder")
+    try:
+        tempfile.TemporaryDirectory(dir=there, prefix=".export-").cleanup()
+    except OSError as error:
+        raise UserError(f"--out: {there} cannot be written: {error.strerror}") from None
+
+
+def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out: Path) -> str:
+    """Write architecture.yaml, weights.safetensors, model.onnx and README.md into the folder `out`.
+
+    Returns what a person should know of them. An error leaves `out` as it was, and files of other
+    names are never touched. Raises ExportRefused as `export_onnx` does.
+    """
+    check_export(out)
+    network = build(trial.architecture)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"these are not the weights of trial {trial.number}: {error}") from None
+    network.eval()
+    facts = {"key": trial.architecture.key, "accuracy": f"{accuracy(trial):.6f}"}
+    with _replacing(out) as draft:
+        trial.architecture.save(draft / "architecture.yaml")
+        (draft / "weights.safetensors").write_bytes(save(dict(weights), metadata=facts))
+        parity = export_onnx(network, trial.architecture.input, draft / "model.onnx", facts)
+        (draft / "README.md").write_text(_readme(study, trial, parity), encoding="utf-8")
+        names = ", ".join(sorted(path.name for path in draft.iterdir()))
+    return f"exported trial {trial.number} to {out}: {names}\nmodel.onnx: {parity}"
+
+
+def export_onnx(
+    network: nn.Module, shape: tuple[int, int, int], path: Path, facts: Mapping[str, str]
+) -> str:
+    """Write a network in eval mode as ONNX, with `image` (N, *shape) in, `logits` out and any N.
+
+    Returns the difference from eager in words. Raises ExportRefused where it is beyond LIMIT or the
+    exporter fails.
+    """
+    try:
+        with _silence():
+            _write_onnx(network, shape, path, facts)
+            largest, share = _difference(network, shape, path)
+    except OSError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportRefused(f"the network cannot be written as ONNX: {first}") from error
+    words = (
+        f"largest difference from eager {largest:.2g} ({share:.2g} of the largest output), "
+        f"batches of {' and '.join(map(str, BATCHES))}"
+    )
+    if not share <= LIMIT:  # a NaN is refused too
+        raise ExportRefused(f"the ONNX file is refused: {words}; allowed: {LIMIT:g}")
+    return words
+
+
+def _write_onnx(
+    network: nn.Module, shape: tuple[int, int, int], path: Path, facts: Mapping[str, str]
+) -> None:
+    import onnx
+
+    program = torch.onnx.export(
+        network,
+        (torch.zeros(2, *shape),),  # a batch of one would be taken for a constant
+        dynamo=True,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # they hold stack traces, and so this machine's paths
+    program.model.metadata_props.update(facts)
+    size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    program.save(path, external_data=size > ONE_FILE)
+    onnx.checker.check_model(path)
+
+
+def _difference(network: nn.Module, shape: tuple[int, int, int], path: Path) -> tuple[float, float]:
+    """The largest |ONNX - eager| over random inputs, and its share of the largest |eager|."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    dice = torch.Generator().manual_seed(0)
+    largest = scale = torch.zeros(())
+    for batch in BATCHES:
+        image = torch.randn(batch, *shape, generator=dice)
+        with torch.no_grad():
+            eager = network(image)
+        logits = torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+        largest = torch.maximum(largest, (logits - eager).abs().max())
+        scale = torch.maximum(scale, eager.abs().max())
+    return largest.item(), (largest / scale).item() if largest else 0.0
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter's progress and advice kept off the terminal; what goes wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder to write in; what it holds at the end moves into `out`, on an error nothing does.
+
+    It lies inside `out`, as only there a move is sure to stay on one file system.
+    """
+    made = not out.exists()
+    make_folder(out)
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
+            yield Path(folder)
+            for path in sorted(Path(folder).iterdir()):
+                path.replace(out / path.name)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error}") from None
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _readme(study: Study, trial: Trial, parity: str) -> str:
+    import onnx
+    import onnxruntime
+
+    architecture = trial.architecture
+    baseline = next(t for t in study.trials if t.baseline)
+    rows = [("validation accuracy", *(t.score.text if t.score else "-" for t in (trial, baseline)))]
+    for metric, value in trial.cost.values.items():
+        plain = study.facts["plain"][metric]
+        rows.append((metric, f"{value:,} ({value / plain:.3f}x)", f"{plain:,}"))
+    blocks = [f"- `{spec}` after `{site}`" for site, spec in architecture.specs.items()]
+    versions: dict[str, Any] = {
+        "nasattn": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    # Where the images lie on the machine that trained is nobody else's business.
+    data = study.config.data.model_dump(mode="json", exclude={"root"}, exclude_none=True)
+    return README.format(
+        study=study.name,
+        number=trial.number,
+        key=architecture.key,
+        backbone=architecture.backbone.name,
+        blocks="\n".join(blocks) or "- none: this is the plain backbone",
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        evaluator=trial.score.evaluator if trial.score else "",
+        classes=architecture.classes,
+        shape=", ".join(map(str, architecture.input)),
+        prepared=PREPARED[study.config.data.name],
+        data=yaml.safe_dump(data, sort_keys=False, default_flow_style=True, width=96).strip(),
+        parity=parity,
+        date=datetime.now(UTC).date().isoformat(),
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
+
+
+PREPARED = {
+    "cued_digits": "composed by nasattn.data.cued_digits",
+    "image_folder": "pixels in [0, 1], less `mean`, by `std` (ImageNet's where none is listed); "
+    "class i is the i-th folder by name",
+}
+README = """\
+# Trial {number} of {study}
+
+A `{backbone}` for {classes} classes, found by nasattn, with these blocks placed (key `{key}`):
+
+{blocks}
+
+| | this network | plain backbone |
+|---|---|---|
+{table}
+
+The accuracy is that of the validation split, which also chose this network among the others, so
+it is a little flattered. Evaluator: {evaluator}; ± is one standard deviation over the seeds; the
+weights are the first seed's. `macs` are multiply-adds of one image, norms and activations not
+counted.
+
+## Load it in Python
+
+```python
+import nasattn
+from safetensors.torch import load_file
+
+architecture = nasattn.Architecture.load("architecture.yaml")
+network = nasattn.build(architecture).eval()
+network.load_state_dict(load_file("weights.safetensors"))
+```
+
+Neither file can run code when it is loaded.
+
+## Run the ONNX file
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+image = np.zeros((1, {shape}), np.float32)
+logits = session.run(["logits"], {{"image": image}})[0]
+```
+
+`image` is float32 (N, {shape}) for any N, prepared as below; `logits` is (N, {classes}).
+Compared with the network above: {parity}.
+
+The data it was trained on ({prepared}):
+
+    {data}
+
+Written {date} with {versions}.
+"""

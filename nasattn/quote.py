@@ -1,0 +1,184 @@
+"""What `nasattn cost` says of a network or an experiment. Nothing is trained."""
+
+import importlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nasattn.architecture import NONE, Architecture
+from nasattn.backbones.layers import SqueezeExcite
+from nasattn.config import Experiment
+from nasattn.cost import CostTable, count, measure
+from nasattn.document import load_yaml
+from nasattn.errors import UserError, suggest
+from nasattn.model import Shape, build, canonical, site_shapes
+from nasattn.pricing import Candidates, Pricing
+from nasattn.skeleton import SUFFIX
+from nasattn.space import SearchSpace
+
+# AutoNL's published figures count also the averages of squeeze-and-excite and of the head, one
+# for each element that is averaged: 266,878,784 for AutoNL-S, where the products are 266,242,176.
+POOLED = "with averages counted, as AutoNL's paper does"
+
+
+def quote(target: str, input_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """{"cost": {metric: number}, "by_site": [{"site", "spec", "cost"}], "notes": {name: text}}.
+
+    target: the YAML file of an architecture or of an experiment, or `package.module:function`, a
+    function without arguments that returns an nn.Module. input_shape: of the module's input.
+    """
+    if ":" in target and not Path(target).exists():
+        return _of_module(target, input_shape)
+    fields, source = load_yaml(Path(target))
+    if isinstance(fields, dict) and {"study", "space"} & fields.keys():
+        return _of_experiment(Experiment.load(target))
+    return _of_architecture(Architecture.from_dict(fields, source))
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """`3,224,224` -> (3, 224, 224)."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) not in (3, 4) or not all(part.strip().isdigit() for part in parts):
+        raise UserError(f"--shape: got '{text}'; allowed: channels,height,width such as 3,224,224")
+    return tuple(int(part) for part in parts)
+
+
+def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
+    module_name, _, name = path.partition(":")
+    sys.path.insert(0, "")  # as `python -m` does: the user's own code stands where they are
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{path}: cannot be imported: {error}") from None
+    finally:
+        sys.path.pop(0)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"{path}: there is no function '{name}'{suggest(name, dir(module))}")
+    network = found()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{path}: expected an nn.Module; got {type(network).__name__}")
+    try:
+        cost = measure(network, input_shape)
+    except RuntimeError as error:
+        shape = list(input_shape or (3, 224, 224))
+        raise UserError(
+            f"{path}: does not run on the input {shape} (--shape sets another): {error}"
+        ) from None
+    notes = {"input": str(cost.context["input"]), "convention": str(cost.context["convention"])}
+    return {"cost": dict(cost.values), "by_site": [], "notes": notes}
+
+
+def _of_architecture(given: Architecture) -> dict[str, Any]:
+    """The backbone block by block, each with what is placed in or behind it."""
+    architecture = canonical(given)
+    plain = replace(architecture, placements=())
+    placements = {p.site: p for p in architecture.placements}
+
+    def decode(row: Mapping[str, str]) -> Architecture:
+        return replace(plain, placements=tuple(placements[site] for site in row))
+
+    choices = {site: (NONE, spec) for site, spec in architecture.specs.items()}
+    shapes = site_shapes(architecture.backbone, architecture.input)
+    table = CostTable.build(shapes, choices, decode)
+    return {
+        "key": given.key,
+        "cost": table(architecture.specs),
+        "backbone": table.plain,
+        "by_site": [
+            {"site": site, "spec": spec, "cost": table.entries[site, spec]}
+            for site, spec in architecture.specs.items()
+        ],
+        "by_block": by_block(architecture),
+        "notes": {"key": given.key, POOLED: f"macs {_pooled(architecture):,}"},
+    }
+
+
+def by_block(architecture: Architecture) -> list[dict[str, Any]]:
+    """The cost of each part of the network, insertions included, in forward order; they add up."""
+    with torch.device("meta"):
+        network = build(architecture)
+    names = []
+    for name, child in network.named_children():
+        inner = [f"{name}.{i}" for i, _ in child.named_children()]
+        names += inner if name.startswith("stage") else [name]
+    maps = _maps(network, architecture, names)
+    return [
+        {
+            "block": name,
+            "output": list(maps[name][1][1:]),
+            "cost": count(network.get_submodule(name), maps[name][0]),
+        }
+        for name in names
+    ]
+
+
+def _maps(
+    network: nn.Module, architecture: Architecture, names: Sequence[str]
+) -> dict[str, tuple[Shape, Shape]]:
+    """Each named module's input and output shape, from one run on the meta device."""
+    seen: dict[str, tuple[Shape, Shape]] = {}
+
+    def watch(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen[name] = (tuple(args[0].shape), tuple(output.shape))
+
+        return network.get_submodule(name).register_forward_hook(note)
+
+    hooks = [watch(name) for name in names]
+    with torch.no_grad():
+        network.eval()(torch.empty(1, *architecture.input, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _pooled(architecture: Architecture) -> int:
+    """MACs, and one for each element of a map that is averaged to a point (SE's, the head's)."""
+    with torch.device("meta"):
+        network = build(architecture)
+    gates = [name for name, module in network.named_modules() if isinstance(module, SqueezeExcite)]
+    maps = _maps(network, architecture, [*gates, "head"])
+    averaged = [maps[name][0] for name in gates] + [maps["head"][1]]
+    return int(measure(architecture).values["macs"]) + sum(math.prod(s[1:]) for s in averaged)
+
+
+def _of_experiment(experiment: Experiment) -> dict[str, Any]:
+    """The baseline, the budget, each single insertion, and how much of the space fits."""
+    space = SearchSpace.of(experiment.space)
+    pricing = Pricing.of(experiment, space)
+    plain = pricing.plain
+    limits = {str(m): limit.resolve(plain[m]) for m, limit in experiment.budget.items()}
+    candidates = Candidates(pricing, limits)
+    singles: list[dict[str, Any]] = [
+        {
+            "site": name.removesuffix(SUFFIX),
+            "spec": label,
+            "cost": {m: v - plain[m] for m, v in pricing({name: label}).items()},
+            "fits": candidates.fits({name: label}),
+        }
+        for name, labels in space.parameters.items()
+        for label in labels[1:]
+    ]
+    fitting, least, most = candidates.fitting()
+    share = f"{fitting / space.size():.3g} of the space"
+    bounds = "exactly" if least == most else f"estimated, between {least:.4g} and {most:.4g}"
+    notes = {"space": f"{space.size():,} architectures"}
+    for metric, limit in limits.items():
+        notes[f"budget {metric}"] = f"{limit:,.15g} ({limit / plain[metric]:.4g}x)"
+    notes["within the budget"] = f"{fitting:,.6g} architectures, {share}; {bounds}"
+    for metric in plain:
+        ordered = sorted(singles, key=lambda s: s["cost"][metric])
+        for word, single in (("cheapest", ordered[0]), ("dearest", ordered[-1])):
+            notes[f"{word} insertion by {metric}"] = (
+                f"{single['spec']} @ {single['site']}: {single['cost'][metric]:+,.6g}"
+            )
+    return {"cost": plain, "limits": limits, "by_site": singles, "notes": notes}

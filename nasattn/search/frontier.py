@@ -1,0 +1,407 @@
+"""A sampler for studies whose costs are known before a trial: only the rest has to be learned.
+
+Any Optuna study of flat categorical parameters. A Gaussian process over the parameters and their
+known costs predicts the unknown objectives; a candidate is scored by the expected growth of the
+hypervolume at its exact cost; candidates are one-step changes of the frontier, feasible random
+draws, and one-step changes of the best of both. Nothing enumerates the space.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from nasattn.search.surrogate import (
+    Floats,
+    Inputs,
+    Process,
+    Shortfall,
+    exactly,
+    expected_growth,
+    non_dominated,
+)
+from nasattn.seed import derive
+
+Params = Mapping[str, Any]
+Function = Callable[[dict[str, Any]], float]
+Known = tuple[tuple[float, ...], float]  # a row's costs, and how far it is from feasible
+Row = tuple[int, ...]  # the index of each parameter's option, in the order of the names
+
+SPREAD = 16  # draws of which an early trial takes the one that costs most unlike the others
+START = 8  # complete trials before the model is asked
+POOL = 300  # random draws a proposal, and as many changes of the frontier's members
+CLIMBS, CLIMBERS = 3, 4  # rounds of one-step changes of so many of the best candidates
+DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
+LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
+LEARNED = 300  # rows the model learns from: the frontier's and the latest
+CACHED = 50_000  # costs and constraints remembered
+PROPOSAL = "nasattn:proposal"  # what a running trial whose parameters are not yet stored will be
+
+
+class Exhausted(Exception):
+    """Every feasible row of the space is already a trial, or no further one was found."""
+
+
+class FrontierSampler(BaseSampler):
+    """Proposes by the expected growth of the hypervolume, given what candidates cost.
+
+    costs: objective index -> its value as a function of the parameters, in the objective's own
+    unit and direction; at least one objective must be left to learn. constraints: functions of the
+    parameters, feasible at or below zero. space: the parameters, where they are known before the
+    first trial; else they are read from the study's trials, and the first trial, whose space nobody
+    knows, is held to the constraints as far as they can be told from the parameters so far. draw:
+    feasible parameters from an rng (None: it found none), instead of uniform draws that are tested.
+
+    No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left.
+    A proposal follows from (seed, the trial's number) and the study's rows.
+    """
+
+    def __init__(
+        self,
+        costs: Mapping[int, Function],
+        seed: int = 0,
+        constraints: Function | Sequence[Function] | None = None,
+        *,
+        space: Mapping[str, CategoricalDistribution] | None = None,
+        draw: Callable[[random.Random], Params | None] | None = None,
+    ) -> None:
+        self.costs, self.seed, self.space, self.draw = (
+            dict(sorted(costs.items())),
+            seed,
+            space,
+            draw,
+        )
+        given = [constraints] if callable(constraints) else constraints or []
+        self.constraints: tuple[Function, ...] = tuple(given)
+        self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        if self.space is not None:
+            return dict(self.space)
+        rows = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        complete = [t for t in rows if t.state is TrialState.COMPLETE]
+        found = complete or sorted(rows, key=lambda t: -len(t.params))[:1]
+        # Within a study, Optuna holds a categorical parameter to the same options for good.
+        names = set.intersection(*(set(t.params) for t in found)) if found else set()
+        shared = {k: v for k, v in found[0].distributions.items() if k in names} if found else {}
+        if other := [k for k, v in shared.items() if not isinstance(v, CategoricalDistribution)]:
+            raise ValueError(f"the parameters {other} are not categorical; allowed: categorical")
+        return shared
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        self._check(study)
+        options = {
+            name: tuple(distribution.choices)
+            for name, distribution in search_space.items()
+            if isinstance(distribution, CategoricalDistribution)
+        }
+        rng = random.Random(derive(self.seed, trial.number))
+        fixed = trial.system_attrs.get("fixed_params", {})
+        space = _Space(self, options, rng, fixed)
+        rows = _Rows.of(study, trial, space, sorted(self.costs))
+        row = self._propose(space, rows, [_sign(d) for d in study.directions])
+        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
+        return space.params(row)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """An option at random; one that breaks a constraint, as far as can be told, last."""
+        if not isinstance(param_distribution, CategoricalDistribution):
+            raise ValueError(f"the parameter {param_name} is not categorical; allowed: categorical")
+        rng = random.Random(derive(self.seed, trial.number, param_name))
+        choices = list(param_distribution.choices)
+        rng.shuffle(choices)
+
+        def violation(choice: Any) -> float:
+            try:
+                return self._violation({**trial.params, param_name: choice})
+            except (LookupError, TypeError):  # a parameter that it needs comes later
+                return 0.0
+
+        return min(choices, key=violation) if self.constraints else choices[0]
+
+    def _check(self, study: Study) -> None:
+        count = len(study.directions)
+        if any(not 0 <= index < count for index in self.costs) or len(self.costs) >= count:
+            raise ValueError(
+                f"costs has the objectives {list(self.costs)} of {count}; "
+                "allowed: some of them, and at least one left to learn"
+            )
+
+    def _violation(self, params: dict[str, Any]) -> float:
+        """Zero for feasible parameters, else how far they are off, summed."""
+        return sum(max(0.0, float(constraint(params))) for constraint in self.constraints)
+
+    def known(self, space: "_Space", row: Row) -> Known:
+        """Computed once a row; only feasible rows have costs."""
+        memory = space.memory
+        if (found := memory.get(row)) is None:
+            if len(memory) >= CACHED:
+                memory.clear()
+            params = space.params(row)
+            violation = self._violation(params)
+            costs = () if violation else tuple(float(f(params)) for f in self.costs.values())
+            found = memory[row] = costs, violation
+        return found
+
+    def _propose(self, space: "_Space", rows: "_Rows", signs: Sequence[int]) -> Row:
+        seen = rows.seen
+        if len(rows.complete) < START:
+            return self._spread(space, seen)
+        model = _Model(self, space, rows, signs)
+        pool: dict[Row, float] = {}
+
+        def add(candidates: Iterable[Row]) -> None:
+            new = [r for r in dict.fromkeys(candidates) if r not in pool and r not in seen]
+            new = [r for r in new if not space.violation(r)]
+            pool.update(zip(new, model.score(new), strict=True) if new else ())
+
+        near = itertools.chain(
+            space.changes(model.members, POOL), (r for _ in range(POOL) if (r := space.sample()))
+        )
+        add(near)
+        for _ in range(CLIMBS):
+            best = sorted(pool, key=lambda r: -pool[r])[:CLIMBERS]
+            before = len(pool)
+            add(space.changes(best, POOL))
+            if len(pool) == before or sorted(pool, key=lambda r: -pool[r])[:CLIMBERS] == best:
+                break
+        return max(pool, key=lambda r: pool[r]) if pool else space.fresh(seen)
+
+    def _spread(self, space: "_Space", seen: set[Row]) -> Row:
+        """Of some random rows that are new, the one whose costs are farthest from all that are
+        seen, by ranks: the first trials then tell of cheap and of dear architectures."""
+        drawn = [space.fresh(seen) for _ in range(SPREAD)]
+        costs = [space.costs(r) for r in (*drawn, *sorted(seen)) if not space.violation(r)]
+        ranks = np.argsort(np.argsort(np.array(costs), axis=0), axis=0)
+        apart = np.abs(ranks[:SPREAD, None] - ranks[None, SPREAD:]).sum(axis=2)
+        return drawn[int(apart.min(axis=1).argmax())] if len(costs) > SPREAD else drawn[0]
+
+
+class _Space:
+    """The rows, and ways to come by feasible ones."""
+
+    def __init__(
+        self,
+        sampler: FrontierSampler,
+        options: Mapping[str, tuple[Any, ...]],
+        rng: random.Random,
+        fixed: Params,
+    ) -> None:
+        self.sampler, self.options, self.rng = sampler, options, rng
+        self.memory = sampler._known.setdefault(tuple(options.items()), {})
+        # Values are found by (type, value): True == 1 == 1.0.
+        self._index = {n: {(type(v), v): i for i, v in enumerate(o)} for n, o in options.items()}
+        self.fixed = {
+            i: self._index[n][type(fixed[n]), fixed[n]] for i, n in enumerate(options) if n in fixed
+        }
+        values = [key for index in self._index.values() for key in index]
+        distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
+        self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
+        # one-hot options -> how often each value is taken
+        self._takes = np.zeros((len(values), len(distinct)))
+        self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
+        self.moves = [
+            (i, j)
+            for i, o in enumerate(options.values())
+            if i not in self.fixed
+            for j in range(len(o))
+        ]
+
+    @property
+    def size(self) -> int:
+        return math.prod(len(o) for i, o in enumerate(self.options.values()) if i not in self.fixed)
+
+    def params(self, row: Row) -> dict[str, Any]:
+        return {name: o[i] for (name, o), i in zip(self.options.items(), row, strict=True)}
+
+    def row(self, params: Params) -> Row | None:
+        """None when a parameter is missing or has another value than the options."""
+        found = (ix.get((type(params.get(n)), params.get(n))) for n, ix in self._index.items())
+        row = tuple(i for i in found if i is not None)
+        return row if len(row) == len(self.options) else None
+
+    def encoded(self, rows: Sequence[Row]) -> tuple[Floats, Floats]:
+        """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""
+        options = np.zeros((len(rows), len(self._takes)))
+        options[np.arange(len(rows))[:, None], np.array(rows) + self._offsets] = 1.0
+        return options, options @ self._takes
+
+    def violation(self, row: Row) -> float:
+        return self.sampler.known(self, row)[1]
+
+    def costs(self, row: Row) -> tuple[float, ...]:
+        return self.sampler.known(self, row)[0]
+
+    def changes(self, rows: Sequence[Row], most: int) -> Iterator[Row]:
+        """One-step changes of the rows: all, or `most` at random."""
+        count = len(rows) * len(self.moves)
+        for n in range(count) if count <= most else self.rng.sample(range(count), most):
+            row, (i, j) = rows[n // len(self.moves)], self.moves[n % len(self.moves)]
+            if row[i] != j:
+                yield (*row[:i], j, *row[i + 1 :])
+
+    def uniform(self) -> Row:
+        return tuple(
+            self.fixed.get(i, self.rng.randrange(len(o)))
+            for i, o in enumerate(self.options.values())
+        )
+
+    def sample(self) -> Row | None:
+        """One row, perhaps not feasible."""
+        if self.sampler.draw and not self.fixed:
+            params = self.sampler.draw(self.rng)
+            return None if params is None else self.row(params)
+        return self.uniform()
+
+    def feasible(self) -> Row | None:
+        """A random feasible row: drawn, else the least infeasible of the draws repaired."""
+        least: tuple[float, Row] | None = None
+        for _ in range(DRAWS):
+            if (row := self.sample()) is None:
+                continue
+            off = self.violation(row)
+            if not off:
+                return row
+            if least is None or off < least[0]:
+                least = off, row
+        while least is not None:
+            near = self.changes([least[1]], len(self.moves))
+            better = min(((self.violation(r), r) for r in near), default=least)
+            if not better[0]:
+                return better[1]
+            least = better if better[0] < least[0] else None
+        return None
+
+    def fresh(self, seen: set[Row]) -> Row:
+        """A random feasible row that is not seen; where draws find none, by walks from seen ones,
+        and in a small space by looking at all that is left."""
+        for _ in range(DRAWS):
+            if (row := self.feasible()) is not None and row not in seen:
+                return row
+        for row in self.changes(sorted(seen), 10 * POOL):
+            if row not in seen and not self.violation(row):
+                return row
+        if self.size <= LISTED:
+            axes = [
+                [self.fixed[i]] if i in self.fixed else list(range(len(o)))
+                for i, o in enumerate(self.options.values())
+            ]
+            left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
+            if left:
+                return self.rng.choice(left)
+        raise Exhausted(
+            f"no feasible parameters are left that are not among the study's trials: "
+            f"{len(seen)} rows of a space of {self.size:,}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The study's trials. complete: (row, objective values); running: rows under evaluation;
+    seen: all rows that must not come again."""
+
+    complete: list[tuple[Row, tuple[float, ...]]]
+    running: list[Row]
+    seen: set[Row]
+
+    @classmethod
+    def of(cls, study: Study, trial: FrozenTrial, space: _Space, known: Sequence[int]) -> "_Rows":
+        found = cls([], [], set())
+        for other in study.get_trials(deepcopy=False):
+            if other.number == trial.number:
+                continue
+            row = space.row(other.system_attrs.get("fixed_params", {}) | other.params)
+            if row is None and other.state is TrialState.RUNNING:
+                proposal = other.system_attrs.get(PROPOSAL, ())
+                row = tuple(proposal) if len(proposal) == len(space.options) else None
+            if row is None:
+                continue
+            found.seen.add(row)
+            if other.state is TrialState.RUNNING:
+                found.running.append(row)
+            elif other.state is TrialState.COMPLETE and all(map(math.isfinite, other.values)):
+                found.complete.append((row, tuple(other.values)))
+        return found
+
+
+class _Model:
+    """What the trials teach: candidates' expected growth of the hypervolume. All is minimised."""
+
+    def __init__(
+        self, sampler: FrontierSampler, space: _Space, rows: _Rows, signs: Sequence[int]
+    ) -> None:
+        self.space = space
+        self.known = list(sampler.costs)
+        self.unknown = [i for i in range(len(signs)) if i not in sampler.costs]
+        self.signs = np.array(signs, dtype=np.float64)
+        points = self.signs * np.array([values for _, values in rows.complete])
+        codes = [row for row, _ in rows.complete]
+        best = non_dominated(points)
+        kept = sorted({*best, *range(len(codes))[-LEARNED:]})
+        self.members = [codes[i] for i in best]
+        self._low = points[:, self.known].min(0)
+        self._range = np.ptp(points[:, self.known], axis=0)
+        self._range[self._range == 0] = 1.0
+        inputs = self._inputs([codes[i] for i in kept], points[kept][:, self.known])
+        self.processes = [Process(inputs, points[kept, i]) for i in self.unknown]
+        front = points[best]
+        if pending := [r for r in rows.running if not space.violation(r)]:
+            costs = self._costs(pending)
+            inputs = self._inputs(pending, costs)
+            believed = np.empty((len(pending), len(signs)))
+            believed[:, self.known] = costs
+            for i, process in zip(self.unknown, self.processes, strict=True):
+                believed[:, i] = process.believe(inputs)
+            front = np.vstack([front, believed])
+            front = front[non_dominated(front)]
+        order = [*self.known, *self.unknown]
+        self.front = front[:, order]
+        self.reference = np.array([_reference(points[:, i]) for i in order])
+
+    def _costs(self, rows: Sequence[Row]) -> Floats:
+        return np.array([self.space.costs(r) for r in rows]) * self.signs[self.known]
+
+    def _inputs(self, rows: Sequence[Row], costs: Floats) -> Inputs:
+        options, counts = self.space.encoded(rows)
+        scaled = (costs - self._low) / self._range
+        return Inputs(options, counts, scaled, len(self.space.options))
+
+    def score(self, rows: Sequence[Row]) -> list[float]:
+        costs = self._costs(rows)
+        inputs = self._inputs(rows, costs)
+        shortfalls: list[Shortfall] = [exactly(column) for column in costs.T]
+        shortfalls += [process.predict(inputs) for process in self.processes]
+        scores: list[float] = expected_growth(shortfalls, self.front, self.reference).tolist()
+        return scores
+
+
+def _reference(values: Floats) -> float:
+    """The worst value and a little more; outliers far beyond the middle of the values count as
+    less, or nothing but being better than them would matter."""
+    low, middle, worst = values.min(), np.median(values), values.max()
+    worst = min(worst, middle + 20 * (middle - low)) if middle > low else worst
+    return float(worst + 0.05 * ((worst - low) or 1.0))
+
+
+def _sign(direction: StudyDirection) -> int:
+    return -1 if direction is StudyDirection.MAXIMIZE else 1

@@ -1,0 +1,362 @@
+"""A study as its database holds it. Reading needs no torch; all is derived from the rows."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from nasattn import __version__
+from nasattn.architecture import Architecture
+from nasattn.config import Experiment, Limit, differences, storage_url
+from nasattn.errors import UserError, suggest
+from nasattn.pareto import hypervolume, knee, non_dominated
+from nasattn.record import FINISHED, Cost, Score, State, Trial
+
+# The attribute of a study that holds the experiment and the space's costs, and of a row that holds
+# its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
+FACTS = "nasattn"
+SCORE, REASON = "score", "reason"
+
+STATES: Mapping[TrialState, State] = {
+    TrialState.COMPLETE: "scored",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+}
+# What may change between two runs of one study: neither decides what is proposed or how it is
+# judged.
+FREE = ("search.trials", "search.workers", "storage")
+
+
+class Study:
+    """The records of one search, and what follows from them.
+
+    `trials` has one row a slot, in order; `config` is the experiment; `facts` what was known before
+    the first training: `plain` (the backbone's cost), `limits` (the budget in base units),
+    `cheapest` and `reference` (the objectives' costs at the ends of the space, for the
+    hypervolume).
+    """
+
+    def __init__(self, study: optuna.Study, storage: str) -> None:
+        self.optuna = study
+        self.name = study.study_name
+        self.storage = storage
+        facts = study.user_attrs.get(FACTS)
+        if facts is None:
+            raise UserError(f"the study '{self.name}' in {shown(storage)} was not made by nasattn")
+        self.facts: Mapping[str, Any] = facts
+        stored = facts["experiment"] | {"storage": storage}
+        self.config = Experiment.from_dict(stored, f"study '{self.name}'")
+        self._finished: dict[int, Trial] = {}
+
+    @property
+    def trials(self) -> list[Trial]:
+        rows = [r for r in self.optuna.get_trials(deepcopy=False) if FACTS in r.user_attrs]
+        for row in rows:
+            if row.state.is_finished() and row.number not in self._finished:
+                self._finished[row.number] = read_trial(row)
+        trials = [self._finished.get(row.number) or read_trial(row) for row in rows]
+        return sorted(trials, key=lambda t: t.number)
+
+    @property
+    def folder(self) -> Path:
+        """Where the study's files stand: beside a sqlite database, else in ./runs."""
+        database = sqlite_path(self.storage)
+        return (database.parent if database else Path("runs")) / self.name
+
+    def frontier(self, trials: Sequence[Trial] | None = None) -> list[Trial]:
+        """The scored trials that no other dominates, best accuracy last."""
+        scored = [t for t in trials or self.trials if t.score]
+        if not scored:
+            return []
+        if len({t.score.evaluator for t in scored if t.score}) > 1:
+            raise AssertionError("scores of different evaluators cannot share a frontier")
+        mask = non_dominated([self._point(t) for t in scored])
+        front = [trial for trial, keep in zip(scored, mask, strict=True) if keep]
+        return sorted(front, key=lambda t: (accuracy(t), -t.number))
+
+    def hypervolume(self, trials: Sequence[Trial] | None = None) -> float | None:
+        """Share of the box between the baseline's accuracy and 1, and between the cheapest
+        architecture's cost and the reference, that the frontier dominates; None before there is a
+        baseline."""
+        trials = trials or self.trials
+        baseline = next((t for t in trials if t.baseline and t.score), None)
+        if baseline is None:
+            return None
+        costs = [
+            (self.facts["cheapest"][m], max(self.facts["reference"][m], self.facts["cheapest"][m]))
+            for m in self.config.costs
+        ]
+        box = 1.0 - accuracy(baseline)
+        for low, high in costs:
+            box *= high - low
+        reference = [-accuracy(baseline), *(high for _, high in costs)]
+        points = [self._point(t) for t in trials if t.score]
+        return hypervolume(points, reference) / box if box > 0 else 0.0
+
+    def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
+        """The frontier's member that stands out most."""
+        front = self.frontier(trials)
+        if not front:
+            raise UserError(f"the study '{self.name}' has no scored trial yet")
+        return front[knee([self._point(t) for t in front])]
+
+    def select(self, choice: str) -> Trial:
+        """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
+        front = self.frontier()
+        if not front:
+            raise UserError(f"the study '{self.name}' has no scored trial yet")
+        if choice == "knee":
+            return self.knee()
+        if choice == "best":
+            return front[-1]
+        if match := re.fullmatch(r"trial=(\d+)", choice):
+            scored = {t.number: t for t in self.trials if t.score}
+            if int(match[1]) not in scored:
+                raise UserError(f"trial {match[1]} has no score; scored: {_spans(list(scored))}")
+            return scored[int(match[1])]
+        if match := re.fullmatch(r"(\w+)\s*<=\s*(\S+)", choice):
+            return self._within(match[1], match[2], front)
+        raise UserError(
+            f"--select: got '{choice}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """How far the study is, as plain data."""
+        trials = self.trials
+        states = [t.state for t in trials]
+        scored = [accuracy(t) for t in trials if t.score]
+        return {
+            "study": self.name,
+            "finished": finished(trials),
+            "trials": self.config.search.trials,
+            **{state: states.count(state) for state in STATES.values()},
+            "architectures": int(self.facts["size"]),
+            "best": max(scored, default=None),
+            "hypervolume": self.hypervolume(trials),
+            "frontier": [t.number for t in self.frontier(trials)],
+            "lease": self.optuna.user_attrs.get("lease"),
+            "failures": [
+                {"number": t.number, "key": t.architecture.key, "reason": t.reason}
+                for t in trials
+                if t.state == "failed"
+            ],
+        }
+
+    def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
+        plain = self.facts["plain"]
+        if metric not in plain:
+            raise UserError(f"--select: unknown cost '{metric}'; allowed: {', '.join(plain)}")
+        try:
+            limit = Limit.parse(text).resolve(plain[metric])
+        except ValueError as error:
+            raise UserError(f"--select: {error}") from None
+        fitting = [t for t in front if t.cost.values[metric] <= limit]
+        if not fitting:
+            least = min(t.cost.values[metric] for t in front)
+            raise UserError(
+                f"--select: nothing on the frontier has {choice_text(metric, limit)}; "
+                f"the least is {least:,}"
+            )
+        return fitting[-1]
+
+    def _point(self, trial: Trial) -> list[float]:
+        return [-accuracy(trial), *(float(trial.cost.values[m]) for m in self.config.costs)]
+
+    def write_frontier(self, trials: Sequence[Trial] | None = None) -> None:
+        """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside
+        the database; each replaced in one step, so that a reader never sees half a file."""
+        rows = [t.as_dict() for t in self.frontier(trials)]
+        text = io.StringIO()
+        metrics = list(self.facts["plain"])
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["number", "key", "accuracy", "spread", "seeds", *metrics, "placements"])
+        for row in rows:
+            placed = "; ".join(f"{site}: {spec}" for site, spec in row["placements"].items())
+            costs = [row["cost"][m] for m in metrics]
+            head = [row[k] for k in ("number", "key", "accuracy", "spread", "seeds")]
+            writer.writerow([*head, *costs, placed])
+        for folder in (self.folder, self.folder.parent):
+            replace_file(folder / "frontier.json", json.dumps(rows, indent=2) + "\n")
+            replace_file(folder / "frontier.csv", text.getvalue())
+
+
+def claim(slot: int, architecture: Architecture, cost: Cost) -> dict[str, Any]:
+    """What makes an Optuna row the trial of a slot."""
+    return {
+        "slot": slot,
+        "architecture": architecture.as_dict(),
+        "cost": {"values": dict(cost.values), "context": dict(cost.context)},
+    }
+
+
+def accuracy(trial: Trial) -> float:
+    if trial.score is None:
+        raise ValueError(f"trial {trial.number} has no score")
+    return trial.score.accuracy
+
+
+def choice_text(metric: str, limit: float) -> str:
+    return f"{metric} <= {limit:,.15g}"
+
+
+def read_trial(row: FrozenTrial) -> Trial:
+    """Our record of an Optuna row."""
+    attrs = row.user_attrs
+    state = STATES[row.state]
+    score = Score.from_dict(attrs[SCORE]) if SCORE in attrs and state == "scored" else None
+    return Trial(
+        number=attrs[FACTS]["slot"],
+        architecture=Architecture.from_dict(attrs[FACTS]["architecture"]),
+        cost=Cost(**attrs[FACTS]["cost"]),
+        score=score,
+        state=state,
+        reason=attrs.get(REASON, ""),
+    )
+
+
+def finished(trials: Sequence[Trial]) -> int:
+    return sum(t.state in FINISHED for t in trials)
+
+
+def load_study(storage: str, name: str) -> Study:
+    """A study from its database; a UserError when either is not there."""
+    storage = _checked_url(storage)
+    path = sqlite_path(storage)
+    if path and not path.exists():
+        raise UserError(f"there is no database {shown(storage)}")
+    database = connect(storage)
+    names = [s.study_name for s in database.get_all_studies()]
+    if name not in names:
+        raise UserError(
+            f"{shown(storage)} has no study '{name}'; it has: {', '.join(names) or 'none'}"
+            f"{suggest(name, names)}"
+        )
+    return Study(optuna.load_study(study_name=name, storage=database), storage)
+
+
+def open_study(
+    experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
+) -> Study:
+    """The experiment's study, made now or found in its database.
+
+    A UserError when it is there with another experiment: the differences are shown.
+    """
+    storage = _checked_url(experiment.storage)
+    path = sqlite_path(storage)
+    if path:
+        make_folder(path.parent)
+    database = connect(storage)
+    if experiment.study not in [s.study_name for s in database.get_all_studies()]:
+        up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+        directions = [up if o == "accuracy" else down for o in experiment.objectives]
+        created = optuna.create_study(
+            study_name=experiment.study, storage=database, directions=directions
+        )
+        stored = {"version": __version__, "experiment": experiment.as_dict(), **facts}
+        created.set_user_attr(FACTS, stored)
+    study = optuna.load_study(study_name=experiment.study, storage=database, sampler=sampler)
+    opened = Study(study, storage)
+    _refuse_edits(opened, experiment)
+    return opened
+
+
+def _refuse_edits(study: Study, experiment: Experiment) -> None:
+    edits = [
+        line
+        for line in differences(study.config.as_dict(), experiment.as_dict())
+        if not line.startswith(tuple(f"{key}: " for key in FREE))
+    ]
+    if edits:
+        raise UserError(
+            f"the experiment was edited since the study '{study.name}' began:\n"
+            + "\n".join(f"  {line}" for line in edits)
+            + "\nUndo the edits to go on with it, or give the experiment another `study:` name."
+        )
+
+
+def connect(storage: str) -> RDBStorage:
+    """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sqlite = storage.startswith("sqlite")
+    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+    try:
+        database = RDBStorage(storage, engine_kwargs=options)
+        if sqlite:
+            event.listen(database.engine, "connect", _write_ahead)
+            database.engine.dispose()
+            database.get_all_studies()
+    except (SQLAlchemyError, RuntimeError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+        raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
+    except ImportError as error:
+        raise UserError(
+            f"the database {shown(storage)} needs a driver: {error}; "
+            "for PostgreSQL: pip install 'nasattn[cluster]'"
+        ) from None
+    return database
+
+
+def _write_ahead(connection: Any, record: Any) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _checked_url(storage: str) -> str:
+    try:
+        url = storage_url(storage)
+        make_url(url)
+    except (ValueError, ArgumentError) as error:
+        raise UserError(f"storage: {error}") from None
+    return url
+
+
+def sqlite_path(storage: str) -> Path | None:
+    """The file of a sqlite URL; None for other databases and for sqlite in memory."""
+    url = make_url(storage)
+    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
+    return Path(str(url.database)) if in_file else None
+
+
+def shown(storage: str) -> str:
+    """The URL without its password."""
+    return make_url(storage).render_as_string(hide_password=True)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    make_folder(path.parent)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """`0-3, 5`: sorted whole numbers for people."""
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans) or "none"

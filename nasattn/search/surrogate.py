@@ -1,0 +1,178 @@
+"""What a search learns, and what it is worth: a Gaussian process and the expected growth of the
+hypervolume, both exact. All objectives are minimised. numpy and scipy only.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+Floats = NDArray[np.float64]
+TUNED = 100  # rows the hyperparameters are chosen on
+Shortfall = Callable[[Floats], Floats]  # thresholds (k,) -> expected max(0, t - value), (k, n)
+
+
+def non_dominated(points: Floats) -> NDArray[np.int64]:
+    """Indices of the non-dominated points, one of equal ones. Quick where the front is small."""
+    spread = np.ptp(points, axis=0)
+    left = np.argsort((points / np.where(spread > 0, spread, 1.0)).sum(axis=1), kind="stable")
+    front = []
+    while len(left):  # the least sum is dominated by none that is left
+        front.append(left[0])
+        left = left[np.any(points[left] < points[left[0]], axis=1)]
+    return np.array(sorted(front), dtype=np.int64)
+
+
+def expected_growth(shortfalls: Sequence[Shortfall], front: Floats, reference: Floats) -> Floats:
+    """How much volume each of n candidates is expected to add to what the front (k, m) dominates
+    below the reference (m,), exactly: (n,).
+
+    Each axis is given by the expected shortfall E[max(0, t - Y)] of the candidates' values below a
+    threshold; axes are independent. The volume not yet dominated is cut into boxes, whose share in
+    the growth is the product over the axes of the differences of shortfalls.
+    """
+    front = front[np.all(front < reference, axis=1)]
+    if len(reference) == 1:
+        best = min(front[:, 0], default=reference[0])
+        return np.asarray(shortfalls[0](np.array([best]))[0])
+    front = front[np.argsort(front[:, -1], kind="stable")]
+    edges = shortfalls[-1](np.append(front[:, -1], reference[-1]))
+    slabs = np.diff(edges, axis=0, prepend=0.0)
+    if len(reference) == 2:
+        heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
+        return np.asarray((slabs * shortfalls[0](heights)).sum(axis=0))
+    return sum(
+        (
+            slab * expected_growth(shortfalls[:-1], _thinned(front[:k, :-1]), reference[:-1])
+            for k, slab in enumerate(slabs)
+            if slab.any()
+        ),
+        start=np.zeros(slabs.shape[1]),
+    )
+
+
+def _thinned(points: Floats) -> Floats:
+    return points[non_dominated(points)] if len(points) else points
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the model sees of n rows. options: one-hot (n, .); counts: how often each value is taken
+    by any parameter (n, .); costs: scaled (n, .); parameters: how many there are."""
+
+    options: Floats
+    counts: Floats
+    costs: Floats
+    parameters: int
+
+    def joined(self, other: "Inputs") -> "Inputs":
+        return Inputs(
+            np.vstack([self.options, other.options]),
+            np.vstack([self.counts, other.counts]),
+            np.vstack([self.costs, other.costs]),
+            self.parameters,
+        )
+
+    def last(self, n: int) -> "Inputs":
+        return Inputs(self.options[-n:], self.counts[-n:], self.costs[-n:], self.parameters)
+
+    def distances(self, other: "Inputs") -> tuple[Floats, Floats, Floats]:
+        """The shares of parameters that differ, the distances of the counts in the same unit, and
+        the squared distances of the costs: (n, k) each."""
+        differ = 1.0 - self.options @ other.options.T / self.parameters
+        counts = np.sqrt(_squared(self.counts, other.counts) / 2) / self.parameters
+        return differ, counts, _squared(self.costs, other.costs)
+
+
+def _squared(a: Floats, b: Floats) -> Floats:
+    apart = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+    return np.asarray(np.maximum(apart, 0.0))
+
+
+class Process:
+    """A Gaussian process of log(value - floor) over parameters and their known costs.
+
+    Its kernel is the mean of three: exp(-p * share of parameters that differ), exp(-p * distance of
+    how often each option is taken), whatever the parameter, and, weighted by `a`, a radial function
+    of the costs. p, a and the noise have the greatest marginal likelihood on a small grid.
+    """
+
+    P, A, NOISE = (0.7, 1.5, 3.0, 6.0), (0.1, 1.0), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+    WIDTH, MARGIN = 0.3, 0.3
+
+    def __init__(self, inputs: Inputs, values: Floats) -> None:
+        self.inputs = inputs
+        spread = float(np.median(values) - values.min()) or float(np.ptp(values)) or 1.0
+        self.floor = float(values.min()) - self.MARGIN * spread
+        self.targets = np.log(values - self.floor)
+        self.mean = float(self.targets.mean())
+        self._tune()
+        self._condition()
+
+    def believe(self, inputs: Inputs) -> Floats:
+        """Take the medians predicted for these rows for their values from now on; returned."""
+        mean, _ = self._moments(inputs)
+        self.inputs = self.inputs.joined(inputs)
+        self.targets = np.append(self.targets, mean)
+        self._condition()
+        return np.asarray(np.exp(mean) + self.floor)
+
+    def predict(self, inputs: Inputs) -> Shortfall:
+        mean, std = self._moments(inputs)
+        return log_normal(mean, std, self.floor)
+
+    def _moments(self, inputs: Inputs) -> tuple[Floats, Floats]:
+        across = _kernel(inputs.distances(self.inputs), self.p, self.a)
+        mean = self.mean + across @ self.weights
+        explained = ((across @ self.half) ** 2).sum(axis=1)
+        variance = np.maximum(1.0 - explained, 1e-6) * max(self.scale, 1e-8)
+        return mean, np.sqrt(variance)
+
+    def _tune(self) -> None:
+        few = self.inputs.last(TUNED)
+        target = self.targets[-TUNED:] - self.mean
+        distances = few.distances(few)
+        noise = np.array(self.NOISE)[:, None]
+        best = math.inf
+        for p, a in itertools.product(self.P, self.A):
+            values, vectors = np.linalg.eigh(_kernel(distances, p, a))
+            values = np.maximum(values, 0.0) + noise
+            scale = ((vectors.T @ target) ** 2 / values).mean(axis=1)
+            loss = len(target) * np.log(scale + 1e-12) + np.log(values).sum(axis=1)
+            if (least := float(loss.min())) < best:
+                best, i = least, int(loss.argmin())
+                self.p, self.a, self.noise, self.scale = p, a, self.NOISE[i], float(scale[i])
+
+    def _condition(self) -> None:
+        kernel = _kernel(self.inputs.distances(self.inputs), self.p, self.a)
+        lower = np.linalg.cholesky(kernel + self.noise * np.eye(len(kernel)))
+        self.half = np.linalg.inv(lower).T
+        self.weights = self.half @ (self.half.T @ (self.targets - self.mean))
+
+
+def _kernel(distances: tuple[Floats, Floats, Floats], p: float, a: float) -> Floats:
+    """(n, k), one where all distances are zero."""
+    differ, counts, costs = distances
+    near = np.exp(-p * differ) + np.exp(-p * counts)
+    return np.asarray((near + a * np.exp(-0.5 * costs / Process.WIDTH**2)) / (2 + a))
+
+
+def log_normal(mean: Floats, std: Floats, floor: float) -> Shortfall:
+    """The expected shortfall of floor + exp(N(mean, std^2)), in closed form."""
+    expected = np.exp(mean + 0.5 * std**2)
+
+    def shortfall(thresholds: Floats) -> Floats:
+        room = np.maximum(thresholds - floor, 1e-300)[:, None]
+        z = (np.log(room) - mean) / std
+        return np.asarray(room * ndtr(z) - expected * ndtr(z - std))
+
+    return shortfall
+
+
+def exactly(values: Floats) -> Shortfall:
+    """Of values that are known."""
+    return lambda t: np.maximum(t[:, None] - values, 0.0)

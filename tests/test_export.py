@@ -1,0 +1,293 @@
+"""What is exported, loaded again by its own README, computes what the searched network computes."""
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, FakeStudy
+from safetensors import safe_open
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import nasattn
+from nasattn import export
+from nasattn.cli import app
+from nasattn.data import load
+from nasattn.errors import UserError
+from nasattn.export import ExportRefused, check_export, export_trial
+from nasattn.record import Trial
+from nasattn.search.study import Study, load_study
+
+NAMES = ["README.md", "architecture.yaml", "model.onnx", "weights.safetensors"]
+WHY = "the export's packages are not installed: pip install 'nasattn[export]'"
+
+
+class Exported:
+    """One export of a network with two blocks that act, made once for all tests."""
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self.study, self.folder = study, folder
+        self.trial = next(
+            t for t in study.trials if t.score and len(t.architecture.placements) == 2
+        )
+        self.network = lively(self.trial, seed=0)
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+        self.text = export_trial(study, self.trial, self.network.state_dict(), folder)
+        self.readme = (folder / "README.md").read_text()
+
+
+def lively(trial: Trial, seed: int) -> nn.Module:
+    """The trial's network with random weights, what begins at zero included, so that blocks act."""
+    torch.manual_seed(seed)
+    network = nasattn.build(trial.architecture).eval()
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            if value.is_floating_point():
+                vector = value.ndim <= 1  # a bias, a norm's part, a gate: a variance stays positive
+                value += 0.5 * torch.rand_like(value) if vector else 0.1 * torch.randn_like(value)
+    return network
+
+
+@pytest.fixture(scope="module")
+def fakes(fake_study: FakeStudy) -> Study:
+    return fake_study(8, seeds=3, failures=0)
+
+
+@pytest.fixture(scope="module")
+def exported(fakes: Study, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason=WHY)
+    return Exported(fakes, tmp_path_factory.mktemp("export") / "out")
+
+
+def run_readme(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The names that each Python block of the README leaves behind."""
+    monkeypatch.chdir(exported.folder)
+    spaces: list[dict[str, Any]] = []
+    for code in re.findall(r"```python\n(.*?)```", exported.readme, flags=re.DOTALL):
+        spaces.append({})
+        exec(code, spaces[-1])
+    return spaces
+
+
+def test_the_readme_loads_exactly_the_eager_network(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, run = run_readme(exported, monkeypatch)
+    assert loaded["architecture"] == exported.trial.architecture
+    image = torch.randn(4, *exported.trial.architecture.input)
+    with torch.no_grad():
+        assert torch.equal(loaded["network"](image), exported.network(image))
+        plain = exported.network(torch.zeros(1, *exported.trial.architecture.input))
+    torch.testing.assert_close(torch.from_numpy(run["logits"]), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_blocks_act(exported: Exported) -> None:
+    """By far more than the tolerance of the comparisons, which would else say nothing of them."""
+    image = torch.randn(2, *exported.trial.architecture.input)
+    for placement in exported.trial.architecture.placements:
+        other = lively(exported.trial, seed=0)
+        other.get_submodule(placement.site).attention = nn.Identity()
+        with torch.no_grad():
+            eager = exported.network(image)
+            assert (other(image) - eager).abs().max() > 2e-3 * eager.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_onnx_takes_any_batch(exported: Exported, batch: int) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.shape[1:]) == ("image", list(exported.trial.architecture.input))
+    assert (logits.name, logits.shape[1]) == ("logits", exported.trial.architecture.classes)
+    x = torch.randn(batch, *exported.trial.architecture.input)
+    with torch.no_grad():
+        eager = exported.network(x)
+    found = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+    torch.testing.assert_close(found, eager, rtol=0.0, atol=1e-4 * float(eager.abs().max()))
+
+
+def test_the_files_name_what_they_are(exported: Exported) -> None:
+    import onnx
+
+    trial = exported.trial
+    assert trial.score is not None
+    facts = {"key": trial.architecture.key, "accuracy": f"{trial.score.accuracy:.6f}"}
+    with safe_open(exported.folder / "weights.safetensors", "pt") as file:
+        assert file.metadata() == facts
+    model = onnx.load(exported.folder / "model.onnx")
+    assert {p.key: p.value for p in model.metadata_props} == facts
+    assert nasattn.Architecture.load(exported.folder / "architecture.yaml").key == facts["key"]
+
+
+def test_the_readme_has_the_records_figures(exported: Exported) -> None:
+    trial, baseline = exported.trial, exported.study.trials[0]
+    assert trial.score is not None and baseline.score is not None
+    table = dict(
+        (cells[1], cells[2:4])
+        for cells in ([c.strip() for c in line.split("|")] for line in exported.readme.splitlines())
+        if len(cells) == 5
+    )
+    for column, score in enumerate((trial.score, baseline.score)):
+        spread = torch.tensor(score.accuracies, dtype=torch.float64).std().item()
+        expected = f"{score.accuracy:.4f} ± {spread:.4f} (n=3)"
+        assert table["validation accuracy"][column] == expected
+    for metric, value in trial.cost.values.items():
+        plain = baseline.cost.values[metric]
+        assert table[metric] == [f"{value:,} ({value / plain:.3f}x)", f"{plain:,}"]
+    for site, spec in trial.architecture.specs.items():
+        assert f"`{spec}` after `{site}`" in exported.readme
+    assert f"torch {torch.__version__}" in exported.readme
+
+
+def test_other_files_stay_and_nothing_else_is_left(exported: Exported) -> None:
+    assert sorted(p.name for p in exported.folder.iterdir()) == sorted([*NAMES, "notes.txt"])
+    assert (exported.folder / "notes.txt").read_text() == "mine"
+    assert "largest difference from eager" in exported.text
+
+
+def test_no_path_of_this_machine_is_in_the_files(exported: Exported) -> None:
+    for name in NAMES:
+        data = (exported.folder / name).read_bytes()
+        assert str(ROOT).encode() not in data
+        assert b'.py"' not in data
+        assert sys.prefix.encode() not in data
+
+
+def test_an_onnx_file_of_other_weights_is_refused(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The comparison is real: the exporter is replaced by one that writes another network."""
+
+    def stale(network: nn.Module, shape: Any, path: Path, facts: Mapping[str, str]) -> None:
+        shutil.copy(exported.folder / "model.onnx", path)
+
+    before = {p.name: p.read_bytes() for p in exported.folder.iterdir()}
+    monkeypatch.setattr(export, "_write_onnx", stale)
+    other = lively(exported.trial, seed=1).state_dict()
+    for out in (tmp_path / "new", exported.folder):
+        with pytest.raises(ExportRefused, match="largest difference from eager"):
+            export_trial(exported.study, exported.trial, other, out)
+    assert not (tmp_path / "new").exists()
+    assert {p.name: p.read_bytes() for p in exported.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 2e-3, float("inf")])
+def test_what_is_beyond_the_limit_or_unknown_is_refused(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bad: float
+) -> None:
+    monkeypatch.setattr(export, "_write_onnx", lambda *rest: rest[2].touch())
+    monkeypatch.setattr(export, "_difference", lambda *rest: (bad, bad))
+    with pytest.raises(ExportRefused, match=r"allowed: 0\.001"):
+        export_trial(exported.study, exported.trial, exported.network.state_dict(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_exporter_cannot_express_is_refused(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*rest: object, **options: object) -> None:
+        raise RuntimeError("no such operator\nlong story")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ExportRefused, match=r"cannot be written as ONNX: no such operator$"):
+        export_trial(exported.study, exported.trial, exported.network.state_dict(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_network_are_refused(exported: Exported, tmp_path: Path) -> None:
+    weights: dict[str, Tensor] = dict(exported.network.state_dict())
+    weights.popitem()
+    with pytest.raises(UserError, match="not the weights of trial"):
+        export_trial(exported.study, exported.trial, weights, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_old_files(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*rest: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    before = {p.name: p.read_bytes() for p in exported.folder.iterdir()}
+    monkeypatch.setattr(export, "_write_onnx", full)
+    with pytest.raises(UserError, match="No space left"):
+        export_trial(exported.study, exported.trial, exported.network.state_dict(), exported.folder)
+    assert {p.name: p.read_bytes() for p in exported.folder.iterdir()} == before
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"onnxruntime.*pip install 'nasattn\[export\]'"):
+        check_export(tmp_path)
+
+
+def test_a_path_that_cannot_be_written_is_refused(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="--out: "):
+            check_export(out)
+    check_export(tmp_path / "a" / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_strangers_yaml_runs_no_code(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    text = f"backbone: !!python/object/apply:os.mkdir ['{trap}']\nclasses: 2\ninput: [1, 8, 8]\n"
+    (tmp_path / "architecture.yaml").write_text(text)
+    yaml.unsafe_load(text)  # the trap works ...
+    trap.rmdir()
+    with pytest.raises(UserError, match="not valid YAML"):
+        nasattn.Architecture.load(tmp_path / "architecture.yaml")
+    assert not trap.exists()  # ... and was not sprung
+
+
+@pytest.mark.slow
+def test_from_a_search_to_a_file_that_scores_the_same(tmp_path: Path) -> None:
+    """The command, on a study really searched, also once its weights are gone: the ONNX file
+    reaches on the validation images the accuracy that the study recorded."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason=WHY)
+    import onnxruntime
+
+    space = yaml.safe_load((ROOT / "search_spaces/cued_digits.yaml").read_text())
+    fields = {
+        "study": "real",
+        "storage": "sqlite:///runs/real.db",
+        "space": space,
+        "data": {"name": "cued_digits", "train": 512, "val": 256, "test": 64},
+        "training": {"epochs": 1, "batch_size": 32, "lr": 0.01, "warm_start": True},
+        "pretrain": {"epochs": 4},
+        "search": {"sampler": "random", "trials": 3},
+    }
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    runner = CliRunner()
+    assert runner.invoke(app, ["search", str(file)]).exit_code == 0
+    study = load_study(f"sqlite:///{tmp_path}/runs/real.db", "real")
+    placed = [t for t in study.trials if t.architecture.placements][-1]
+    data = load(study.config.data, placed.architecture.input, 10)
+    for trial, again in ((study.trials[0], False), (placed, True)):
+        if again:
+            shutil.rmtree(study.folder)
+        out = tmp_path / f"out{again}"
+        arguments = ["export", str(file), "--out", str(out), "--select", f"trial={trial.number}"]
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert ("it is trained again" in result.output) == again
+        assert sorted(p.name for p in out.iterdir()) == NAMES
+        session = onnxruntime.InferenceSession(out / "model.onnx")
+        right = 0
+        for x, y in data.loader("val", 64, 0):
+            logits = session.run(None, {"image": x.numpy()})[0]
+            right += int((torch.from_numpy(logits).argmax(1) == y).sum())
+        assert trial.score is not None
+        assert right / 256 == pytest.approx(trial.score.accuracy, abs=1.5 / 256)

@@ -1,0 +1,330 @@
+"""The frontier sampler on its own: what it promises any Optuna study."""
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
+
+from nasattn.pareto import hypervolume
+from nasattn.pareto import non_dominated as slow_non_dominated
+from nasattn.search.frontier import START
+from nasattn.search.samplers import Exhausted, FrontierSampler
+from nasattn.search.surrogate import expected_growth, log_normal, non_dominated
+
+Params = dict[str, Any]
+SITES, OPTIONS = 6, ("none", "small", "wide", "deep")
+PRICE = {"none": 0.0, "small": 1.0, "wide": 2.2, "deep": 3.1}
+SPACE = {f"site{i}": CategoricalDistribution(OPTIONS) for i in range(SITES)}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def cost(params: Params) -> float:
+    return sum((i + 2) * PRICE[v] for i, v in enumerate(params.values()))
+
+
+def weight(params: Params) -> float:
+    return sum(
+        (SITES - i) * (v != "none") + 0.1 * (v == "wide") for i, v in enumerate(params.values())
+    )
+
+
+def error(params: Params) -> float:
+    """Additive with pairs: worse where neighbours are the same."""
+    gains = {"none": 0.0, "small": 1.0, "wide": 1.6, "deep": 1.2}
+    values = list(params.values())
+    gain = sum(gains[v] * (1.5 if i in (1, 4) else 0.4) for i, v in enumerate(values))
+    clash = sum(a == b != "none" for a, b in itertools.pairwise(values))
+    return float(1.0 / (1.0 + max(0.0, gain - 0.5 * clash)))
+
+
+def study_of(sampler: Any, axes: int = 2, **options: Any) -> optuna.Study:
+    options = {"directions": ["minimize"] * axes} | options
+    return optuna.create_study(sampler=sampler, **options)
+
+
+def objective(trial: optuna.Trial) -> tuple[float, float]:
+    params = {name: trial.suggest_categorical(name, OPTIONS) for name in SPACE}
+    return error(params), cost(params)
+
+
+def keys(study: optuna.Study) -> list[tuple[Any, ...]]:
+    return [tuple(t.params[name] for name in SPACE) for t in study.trials]
+
+
+def test_a_proposal_follows_from_the_seed_the_number_and_the_rows(tmp_path: Path) -> None:
+    whole = study_of(FrontierSampler({1: cost}, seed=3))
+    whole.optimize(objective, n_trials=24)
+    storage = f"sqlite:///{tmp_path}/s.db"
+    for _ in range(2):
+        sampler = FrontierSampler({1: cost}, seed=3)
+        parts = study_of(sampler, study_name="s", storage=storage, load_if_exists=True)
+        parts.optimize(objective, n_trials=12)
+    assert keys(parts) == keys(whole)
+    other = study_of(FrontierSampler({1: cost}, seed=4))
+    other.optimize(objective, n_trials=24)
+    assert keys(other) != keys(whole)
+
+
+@pytest.mark.parametrize("space", [None, SPACE])
+def test_nothing_is_repeated_and_no_constraint_exceeded(space: Any) -> None:
+    limits = [lambda p: cost(p) - 14.0, lambda p: weight(p) - 12.0]
+    study = study_of(FrontierSampler({1: cost}, constraints=limits, space=space))
+    study.optimize(objective, n_trials=60)
+    assert len(set(keys(study))) == 60
+    blind = 1 if space is None else 0
+    for trial in study.trials[blind:]:
+        assert cost(trial.params) <= 14.0
+        assert weight(trial.params) <= 12.0
+    feasible = [
+        row
+        for row in itertools.product(OPTIONS, repeat=SITES)
+        if all(limit(dict(zip(SPACE, row, strict=True))) <= 0 for limit in limits)
+    ]
+    assert len(feasible) < 0.1 * len(OPTIONS) ** SITES, "random draws alone would hit it"
+
+
+def test_a_blind_first_trial_keeps_what_can_be_told_from_its_parameters() -> None:
+    """The limit adds up over the parameters so far, so that none has to be taken on trust."""
+    for seed in range(10):
+        study = study_of(FrontierSampler({1: cost}, seed, constraints=lambda p: cost(p) - 8.0))
+        study.optimize(objective, n_trials=2)
+        assert all(cost(t.params) <= 8.0 for t in study.trials)
+
+
+def simulated(means: Any, stds: Any, front: Any, reference: Any, low: float = -0.4) -> float:
+    """The share of random points of a box that a random value of the candidate would newly
+    dominate, times the box."""
+    rng = np.random.default_rng(0)
+    points = rng.uniform(low, reference, (200_000, len(means)))
+    values = means + stds * rng.standard_normal(points.shape)
+    taken = np.zeros(len(points), dtype=bool)
+    for member in front:
+        taken |= np.all(points >= member, axis=1)
+    new = ~taken & np.all(points >= values, axis=1)
+    return float(new.mean() * np.prod(reference - low))
+
+
+def gaussian(mean: float, std: float) -> Callable[[Any], Any]:
+    """Expected shortfalls by numerical integration of P(Y < t)."""
+    grid = np.linspace(-8, 8, 20001)
+    density = np.exp(-0.5 * grid**2) / np.sqrt(2 * np.pi) * (grid[1] - grid[0])
+    values = mean + std * grid
+    return lambda t: np.array([[np.sum(np.maximum(x - values, 0) * density)] for x in t])
+
+
+@pytest.mark.parametrize(("axes", "unknown"), [(2, 1), (3, 1), (3, 2), (4, 1)])
+def test_expected_growth_is_what_simulation_finds(axes: int, unknown: int) -> None:
+    rng = np.random.default_rng(axes * 10 + unknown)
+    front = rng.uniform(0, 1, (12, axes))
+    front = front[non_dominated(front)]
+    reference = np.full(axes, 1.05)
+    for _ in range(3):
+        means = rng.uniform(0.1, 0.6, axes)
+        stds = np.array([0.0] * (axes - unknown) + [0.15] * unknown)
+        shortfalls = [gaussian(m, s) for m, s in zip(means, stds, strict=True)]
+        exact = expected_growth(shortfalls, front, reference)
+        assert exact[0] == pytest.approx(
+            simulated(means, stds, front, reference), rel=0.1, abs=4e-3
+        )
+        certain = [gaussian(m, 0.0) for m in means]
+        growth = hypervolume([*front, means], reference) - hypervolume(front, reference)
+        assert expected_growth(certain, front, reference)[0] == pytest.approx(growth, abs=1e-9)
+
+
+def test_log_normal_shortfall_is_its_integral() -> None:
+    mean, std, floor = np.array([-1.2, 0.3]), np.array([0.4, 0.05]), 0.7
+    thresholds = np.array([0.5, 0.9, 1.2, 2.5])
+    grid = np.linspace(-8, 8, 40001)[:, None]
+    density = np.exp(-0.5 * grid**2) / np.sqrt(2 * np.pi) * (grid[1] - grid[0])
+    values = floor + np.exp(mean + std * grid)
+    expected = [(np.maximum(t - values, 0) * density).sum(axis=0) for t in thresholds]
+    found = log_normal(mean, std, floor)(thresholds)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_quick_front_is_the_slow_one() -> None:
+    rng = np.random.default_rng(0)
+    for axes in (2, 3):
+        points = rng.integers(0, 6, (60, axes)).astype(float)
+        quick = {tuple(p) for p in points[non_dominated(points)]}
+        slow = {tuple(p) for p in points[slow_non_dominated(points)]}
+        assert quick == slow
+        assert len(non_dominated(points)) == len(quick), "one of equal points"
+
+
+def test_directions_only_mirror() -> None:
+    plain = study_of(FrontierSampler({1: cost}, seed=1))
+    plain.optimize(objective, n_trials=30)
+    mirrored = study_of(
+        FrontierSampler({0: lambda p: -cost(p)}, seed=1), directions=["maximize", "maximize"]
+    )
+    mirrored.optimize(lambda t: tuple(-v for v in reversed(objective(t))), n_trials=30)
+    assert keys(mirrored) == keys(plain)
+
+
+def found(study: optuna.Study, worst: list[float]) -> float:
+    points = [[error(t.params), cost(t.params), weight(t.params)] for t in study.trials]
+    return hypervolume([p[: len(worst)] for p in points], worst)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_it_beats_random_search(axes: int) -> None:
+    """On every seed, with one and with two costs, by at least half of what random search leaves."""
+    costs = {1: cost, 2: weight}
+    worst = [1.01, 90.0, 25.0][:axes]
+    rows = [dict(zip(SPACE, row, strict=True)) for row in itertools.product(OPTIONS, repeat=SITES)]
+    points = np.array([[error(p), cost(p), weight(p)][:axes] for p in rows])
+    best = hypervolume(points[non_dominated(points)], worst)
+
+    def both(trial: optuna.Trial) -> list[float]:
+        objective(trial)
+        return [error(trial.params), cost(trial.params), weight(trial.params)][:axes]
+
+    for seed in range(4):
+        known = {i: costs[i] for i in range(1, axes)}
+        ours = study_of(FrontierSampler(known, seed), axes)
+        ours.optimize(both, n_trials=40)
+        blind = study_of(optuna.samplers.RandomSampler(seed=seed), axes)
+        blind.optimize(both, n_trials=40)
+        assert best - found(ours, worst) < 0.5 * (best - found(blind, worst))
+
+
+def test_running_failed_pruned_and_queued_rows_are_not_repeated() -> None:
+    study = study_of(FrontierSampler({1: cost}))
+    queued = dict.fromkeys(SPACE, "wide")
+    for number in range(40):
+        trial = study.ask()
+        values = objective(trial)
+        if number == 20:
+            study.enqueue_trial(queued)
+        if number % 4 == 0:
+            continue  # left running
+        if number % 4 == 1:
+            study.tell(trial, state=TrialState.FAIL)
+        elif number % 8 == 2:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, values)
+    assert len(set(keys(study))) == 40
+    assert keys(study)[21] == tuple(queued.values())
+
+
+def test_trials_asked_for_at_once_differ() -> None:
+    study = study_of(FrontierSampler({1: cost}))
+    study.optimize(objective, n_trials=START + 4)
+    waiting = [study.ask() for _ in range(6)]
+    for trial in reversed(waiting):
+        # Each stops half-way, so that only its stored proposal tells what it will be.
+        trial.suggest_categorical("site0", OPTIONS)
+    for trial in waiting:
+        objective(trial)
+    assert len(set(keys(study))) == START + 10
+
+
+def test_failures_teach_nothing_and_infinite_values_do_no_harm() -> None:
+    study = study_of(FrontierSampler({1: cost}))
+
+    def breaking(trial: optuna.Trial) -> tuple[float, float]:
+        values = objective(trial)
+        return (float("inf"), values[1]) if trial.number % 5 == 0 else values
+
+    study.optimize(breaking, n_trials=30)
+    assert len(set(keys(study))) == 30
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.5])
+def test_a_constant_objective_is_survived(constant: float) -> None:
+    study = study_of(FrontierSampler({1: lambda p: constant}, space=SPACE))
+    study.optimize(lambda t: (constant, objective(t)[1] * 0 + constant), n_trials=START + 5)
+    assert len(set(keys(study))) == START + 5
+
+
+def test_a_small_space_is_exhausted_whole_and_then_refused() -> None:
+    def small(trial: optuna.Trial) -> tuple[float, float]:
+        a, b = (
+            trial.suggest_categorical("a", [0, 1, 2, 3]),
+            trial.suggest_categorical("b", [0, 1, 2]),
+        )
+        return (a - b) ** 2, a + b
+
+    sampler = FrontierSampler(
+        {1: lambda p: p["a"] + p["b"]}, constraints=lambda p: p["a"] * p["b"] - 3
+    )
+    study = study_of(sampler)
+    with pytest.raises(Exhausted, match="of a space of 12"):
+        study.optimize(small, n_trials=50)
+    done = [(t.params["a"], t.params["b"]) for t in study.trials if t.state is TrialState.COMPLETE]
+    feasible = {(a, b) for a in range(4) for b in range(3) if a * b <= 3}
+    assert feasible <= set(done)
+    assert len(done) == len(set(done)) <= len(feasible) + 1  # a blind first trial
+
+
+def test_seventeen_sites_by_eleven_options() -> None:
+    names = [f"s{i}" for i in range(17)]
+    rng = random.Random(0)
+    gains = [[0.0] + [rng.uniform(-0.2, 1) for _ in range(10)] for _ in names]
+
+    def price(params: Params) -> float:
+        return float(sum(params.values()))
+
+    def run(sampler: Any) -> tuple[float, float]:
+        study = study_of(sampler)
+        for number in range(50):
+            trial = study.ask()
+            began = time.process_time()
+            row = {name: trial.suggest_categorical(name, range(11)) for name in names}
+            spent = time.process_time() - began
+            gain = sum(g[v] for g, v in zip(gains, row.values(), strict=True))
+            study.tell(trial, (1 - gain / 17, price(row)))
+            assert len({tuple(t.params.values()) for t in study.trials}) == number + 1
+        points = np.array([t.values for t in study.trials])
+        return hypervolume(points[non_dominated(points)], [1.3, 170.0]), spent
+
+    ours, spent = run(FrontierSampler({1: price}, space=None))
+    assert ours > 1.1 * run(optuna.samplers.RandomSampler(seed=0))[0]
+    assert spent < 0.5, "seconds of the processor for one proposal"
+
+
+def test_a_tight_constraint_in_a_wide_space_is_met_without_listing_it() -> None:
+    """Feasible is one row in about 10**13; the least infeasible draw is walked down."""
+    wide = {f"s{i}": CategoricalDistribution(range(11)) for i in range(17)}
+    spent = lambda p: float(sum(p.values()))  # noqa: E731
+    study = study_of(FrontierSampler({1: spent}, space=wide, constraints=lambda p: spent(p) - 4))
+    for _ in range(25):
+        trial = study.ask(wide)
+        study.tell(trial, (1.0 / (1 + trial.params["s3"]), spent(trial.params)))
+    assert all(spent(t.params) <= 4 for t in study.trials)
+    assert len({tuple(t.params.values()) for t in study.trials}) == 25
+
+
+def test_draws_of_ones_own_replace_uniform_ones() -> None:
+    """All from a budget's draws until the model takes over, the blind first trial excepted."""
+    allowed = {"none", "small"}
+    study = study_of(
+        FrontierSampler(
+            {1: cost},
+            space=SPACE,
+            draw=lambda rng: {name: rng.choice(sorted(allowed)) for name in SPACE},
+        )
+    )
+    study.optimize(objective, n_trials=START)
+    assert all(set(t.params.values()) <= allowed for t in study.trials)
+
+
+@pytest.mark.parametrize("costs", [{0: cost, 1: cost}, {2: cost}])
+def test_costs_that_leave_nothing_to_learn_are_refused(costs: Any) -> None:
+    study = study_of(FrontierSampler(costs, space=SPACE))
+    with pytest.raises(ValueError, match="at least one left to learn"):
+        study.ask(SPACE)

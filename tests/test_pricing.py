@@ -1,0 +1,143 @@
+"""Every cost of a row by table, against the network; what fits, against listing all."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from nasattn import Architecture, SearchSpace, measure
+from nasattn.config import Experiment
+from nasattn.cost.memory import inference_peak
+from nasattn.model import build
+from nasattn.pricing import Candidates, Pricing
+from nasattn.quote import quote
+from nasattn.skeleton import LEFT_OUT, SUFFIX
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = {
+    "autonl_s": (266_242_176, 4_389_350, "266,878,784"),
+    "autonl_l": (352_108_448, 5_580_336, "352,829,728"),
+}
+
+
+@pytest.fixture(scope="module")
+def autonl() -> SearchSpace:
+    return SearchSpace.load(ROOT / "search_spaces/autonl.yaml")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_autonl_is_in_its_space_at_its_published_cost(name: str, autonl: SearchSpace) -> None:
+    path = ROOT / f"search_spaces/architectures/{name}.yaml"
+    architecture = Architecture.load(path)
+    macs, params, published = PUBLISHED[name]
+    assert autonl.contains(architecture)
+    assert autonl.cost(architecture).values == {"macs": macs, "params": params}
+    row = autonl.row_of(architecture)
+    assert row is not None and autonl.decode(row) == architecture
+    found = quote(str(path))
+    assert found["cost"] == {"macs": macs, "params": params}
+    assert any(published in text for text in found["notes"].values())
+    for metric, total in found["cost"].items():
+        assert sum(part["cost"][metric] for part in found["by_block"]) == total
+        placed = sum(part["cost"][metric] for part in found["by_site"])
+        assert found["backbone"][metric] + placed == total
+
+
+def test_autonl_costs_by_table_are_the_networks(autonl: SearchSpace) -> None:
+    for seed in range(6):
+        architecture = autonl.sample(random.Random(seed))
+        assert autonl.cost(architecture).values == measure(architecture).values
+    assert autonl.cost(autonl.baseline()).values == measure(autonl.baseline()).values
+
+
+def test_equal_networks_have_one_key(autonl: SearchSpace) -> None:
+    """Whichever repeated block is left out, and whatever is said of what is not there."""
+    base = {f"stage3.2{SUFFIX}": "expansion=6,kernel=5,se=0.5", "stage3.2.project": "none"}
+    assert autonl.skeleton is not None
+    light = "lightnl(ratio=0.25,stride=2)"
+    first = autonl.decode({**base, f"stage3.1{SUFFIX}": LEFT_OUT, "stage3.1.project": light})
+    moved = {f"stage3.1{SUFFIX}": "expansion=6,kernel=5,se=0.5"}
+    assert first == autonl.decode({**moved, f"stage3.2{SUFFIX}": LEFT_OUT})
+    assert first.key == autonl.decode({**moved, f"stage3.3{SUFFIX}": LEFT_OUT}).key
+    assert len(dict(first.backbone.options)["rows"]) == 20  # type: ignore[arg-type]
+    for seed in range(20):
+        rng = random.Random(seed)
+        row = {name: rng.choice(labels) for name, labels in autonl.parameters.items()}
+        once = autonl.canonical(row)
+        assert autonl.canonical(once) == once
+        assert autonl.decode(row) == autonl.decode(once)
+        assert autonl.row_of(autonl.decode(row)) == once
+
+
+def test_what_fits_is_counted_exactly_in_small_spaces(tiny_space: SearchSpace) -> None:
+    pricing = Pricing(tiny_space, ("macs", "params"))
+    costs = [tiny_space.cost(a).values for a in tiny_space.enumerate()]
+    limits = {
+        "macs": sorted(c["macs"] for c in costs)[len(costs) // 3],
+        "params": sorted(c["params"] for c in costs)[len(costs) // 2],
+    }
+    expected = sum(all(c[m] <= limit for m, limit in limits.items()) for c in costs)
+    assert 0 < expected < len(costs)
+    assert Candidates(pricing, limits).fitting() == (expected,) * 3
+    assert pricing.dearest == {m: max(c[m] for c in costs) for m in ("macs", "params")}
+
+
+def test_what_fits_is_estimated_with_its_error(
+    tiny_space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = [tiny_space.cost(a).values for a in tiny_space.enumerate()]
+    limits = {
+        "macs": float(sorted(c["macs"] for c in costs)[len(costs) // 2]),
+        "params": float(sorted(c["params"] for c in costs)[len(costs) // 2]),
+    }
+    expected = sum(all(c[m] <= limit for m, limit in limits.items()) for c in costs)
+    monkeypatch.setattr("nasattn.pricing.LISTED", 1)
+    candidates = Candidates(Pricing(tiny_space, ("macs", "params")), limits)
+    assert candidates.listed is None
+    count, least, most = candidates.fitting()
+    assert least <= expected <= most
+    assert least <= count <= most
+    assert most - least < 0.2 * expected
+    rng, seen = random.Random(0), set[tuple[str, ...]]()
+    for _ in range(30):
+        row = candidates.draw(rng, seen)
+        assert row is not None and candidates.fits(row) and tuple(row.values()) not in seen
+        seen.add(tuple(row.values()))
+
+
+def test_memory_of_a_row_is_the_networks(tiny_space: SearchSpace) -> None:
+    pricing = Pricing(tiny_space, ("macs", "params", "peak_memory_bytes"))
+    for seed in range(8):
+        architecture = tiny_space.sample(random.Random(seed))
+        row = tiny_space.row_of(architecture)
+        assert row is not None
+        values = pricing(row)
+        assert values["peak_memory_bytes"] == inference_peak(
+            build(architecture), (1, *architecture.input)
+        )
+        assert {m: values[m] for m in ("macs", "params")} == measure(architecture).values
+        assert values["peak_memory_bytes"] <= pricing.dearest["peak_memory_bytes"]
+
+
+def test_a_limit_on_a_noisy_cost_keeps_its_margin(tiny_space: SearchSpace) -> None:
+    pricing = Pricing(tiny_space, ("macs", "params"))
+    pricing.margins["macs"] = 500.0
+    plain = pricing.plain["macs"]
+    assert Candidates(pricing, {"macs": plain + 500}).fits({})
+    assert not Candidates(pricing, {"macs": plain + 499}).fits({})
+
+
+def test_the_quote_of_an_experiment_and_of_a_module() -> None:
+    path = ROOT / "experiments/001_quickstart/experiment.yaml"
+    found = quote(str(path))
+    space = SearchSpace.of(Experiment.load(path).space)
+    plain = space.table.plain
+    assert found["cost"] == plain
+    assert found["limits"] == {"macs": 1.25 * plain["macs"], "params": 60_000}
+    assert len(found["by_site"]) == sum(len(specs) - 1 for specs in space.choices.values())
+    for single in found["by_site"]:
+        architecture = space.decode({single["site"]: single["spec"]})
+        whole = measure(architecture).values
+        assert single["cost"] == {m: whole[m] - plain[m] for m in whole}
+        assert single["fits"] == (whole["macs"] <= 1.25 * plain["macs"])
+    assert quote("torch.nn:Identity", (3, 8, 8))["cost"] == {"macs": 0, "params": 0}

@@ -1,0 +1,477 @@
+"""The search end to end: what a study proposes, survives and records.
+
+Where proposals and records are the matter, a formula stands for the training (`formula`); real
+Lightning trainings run where the training itself is: kills, failures, weights, repeats.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from nasattn import load_study
+from nasattn.architecture import NONE, Architecture
+from nasattn.config import Experiment
+from nasattn.data import load
+from nasattn.errors import TrialFailed, UserError
+from nasattn.evaluate import candidate
+from nasattn.evaluate.train import Tick
+from nasattn.model import build
+from nasattn.pareto import non_dominated
+from nasattn.pricing import Candidates
+from nasattn.record import Score
+from nasattn.search import lease
+from nasattn.search.display import Display
+from nasattn.search.loop import Search, weights_of_trial
+from nasattn.search.samplers import SAMPLERS
+from nasattn.search.study import Study
+
+Write = Callable[..., Path]
+
+SPACE = {
+    "backbone": {
+        "name": "mobilenet_v2",
+        "width": 0.25,
+        "stem_stride": 4,
+        "head": 16,
+        "divisor": 4,
+        "dropout": 0.1,
+        "rows": [[1, 32, 1, 1], [2, 32, 2, 2], [2, 64, 1, 1]],
+    },
+    "input": [1, 32, 64],
+    "classes": 10,
+    "sites": ["stage*.*"],
+    "blocks": {
+        "lightnl": {"ratio": [0.25, 0.5]},
+        "gcnet": {"ratio": [0.25, 0.5]},
+        "se": {"ratio": [0.25]},
+        "ccnet": {"recurrence": [1, 2]},
+    },
+    "max_blocks": 3,
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes an experiment file; keyword arguments replace its keys."""
+
+    def written(folder: str = "one", **changes: Any) -> Path:
+        home = tmp_path / folder
+        home.mkdir(exist_ok=True)
+        fields = {
+            "study": "tiny",
+            "storage": "sqlite:///runs/tiny.db",
+            "space": SPACE,
+            "data": {"name": "cued_digits", "train": 192, "val": 64, "test": 64},
+            "training": {"epochs": 1, "batch_size": 32, "lr": 0.01, "warm_start": True},
+            "pretrain": {"epochs": 2},
+            "objectives": ["accuracy", "macs"],
+            "budget": {"macs": "1.3x"},
+            "search": {"sampler": "random", "trials": 6, "seed": 1},
+        }
+        path = home / "experiment.yaml"
+        path.write_text(yaml.safe_dump(fields | changes))
+        return path
+
+    return written
+
+
+def searching(path: Path) -> Search:
+    return Search(Experiment.load(path), Display(Console(quiet=True)))
+
+
+class Formula:
+    """Stands for the training: an accuracy that follows from the architecture alone."""
+
+    name = "train"
+    stored = True
+
+    def __init__(self, stop_at: frozenset[int] = frozenset()) -> None:
+        self.calls, self.stop_at = 0, stop_at
+
+    def __call__(self, architecture: Architecture, tick: Tick) -> tuple[Score, Any]:
+        self.calls += 1
+        if self.calls in self.stop_at:
+            raise KeyboardInterrupt
+        accuracy = random.Random(architecture.key).random()
+        score = Score(
+            accuracy=accuracy, curve=(accuracy,), epochs=1, seconds=0.0, seed=0, evaluator="train"
+        )
+        return score, {"w": torch.zeros(1)}
+
+    def prepare(self, tick: Tick) -> bool:
+        return False
+
+    def estimate(self, trainings: int, *, prepare: bool) -> float:
+        return 0.0
+
+
+def by_formula(path: Path, trials: int, formula: Formula | None = None) -> Study:
+    search = searching(path)
+    search.evaluator = formula or Formula()  # type: ignore[assignment]
+    return search.run(trials)
+
+
+def rows(study: Study) -> list[tuple[int, str, float | None]]:
+    return [
+        (t.number, t.architecture.key, t.score.accuracy if t.score else None) for t in study.trials
+    ]
+
+
+def search_options(sampler: str) -> dict[str, Any]:
+    return {"sampler": sampler, "seed": 3} | ({"population": 8} if sampler == "nsga2" else {})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_twelve_and_twelve_are_twenty_four(write: Write, sampler: str) -> None:
+    options = search_options(sampler)
+    whole = by_formula(write("whole", search=options), 24)
+    by_formula(write("parts", search=options), 12)
+    parts = by_formula(write("parts", search=options), 24)
+    assert rows(parts) == rows(whole)
+    assert [t.number for t in parts.trials] == list(range(24))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_interruptions_change_nothing(write: Write, sampler: str) -> None:
+    options = search_options(sampler)
+    whole = by_formula(write("whole", search=options), 20)
+    path = write("torn", search=options)
+    for call in (1, 4, 2, 9):
+        with pytest.raises(KeyboardInterrupt):
+            by_formula(path, 20, Formula(frozenset({call})))
+    torn = by_formula(path, 20)
+    assert rows(torn) == rows(whole)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_death_within_a_proposal_changes_nothing(
+    write: Write, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose architecture was only half suggested is dropped and its slot drawn again."""
+    import optuna
+
+    options = search_options(sampler)
+    whole = by_formula(write("whole", search=options), 20)
+    path = write("torn", search=options)
+    suggest = optuna.trial.Trial.suggest_categorical
+    countdown = [50]
+
+    def dying(trial: Any, name: str, choices: Any) -> Any:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise KeyboardInterrupt
+        return suggest(trial, name, choices)
+
+    monkeypatch.setattr(optuna.trial.Trial, "suggest_categorical", dying)
+    with pytest.raises(KeyboardInterrupt):
+        by_formula(path, 20)
+    torn = by_formula(path, 20)
+    assert len(torn.optuna.trials) == 21, "one row was dropped"
+    assert rows(torn) == rows(whole)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_proposals_are_new_feasible_and_sparse(write: Write, sampler: str) -> None:
+    space = SPACE | {"max_blocks": 2}
+    study = by_formula(
+        write(search=search_options(sampler), space=space, budget={"macs": "1.1x", "params": 3000}),
+        30,
+    )
+    keys = [t.architecture.key for t in study.trials]
+    assert len(set(keys)) == len(keys) == 30
+    assert study.trials[0].architecture.placements == ()
+    plain = study.facts["plain"]
+    for trial in study.trials:
+        assert len(trial.architecture.placements) <= 2
+        assert trial.cost.values["macs"] <= 1.1 * plain["macs"]
+        assert trial.cost.values["params"] <= 3000
+
+
+def test_an_exhausted_space_is_complete(write: Write) -> None:
+    space = SPACE | {"blocks": {"se": {"ratio": [0.25, 0.5]}}, "max_blocks": 1}
+    path = write(space=space, budget={"macs": "1.0005x"})
+    study = by_formula(path, 500)
+    search = searching(path)
+    every = {a.key for a in search.space.enumerate() if search.candidates.fits(a.specs)}
+    assert len(study.trials) == len(every) == search.candidates.count()
+    assert 1 < len(every) < search.space.size(), "the budget refuses some and not all"
+    again = Formula()
+    assert rows(by_formula(path, 500, again)) == rows(study)
+    assert again.calls == 0
+
+
+def test_candidates_draw_all_that_fits_and_nothing_else(write: Write) -> None:
+    candidates = searching(write()).candidates
+    listed = {tuple(s.values()) for s in candidates.listed or []}
+    brute = {tuple(row.values()) for row in candidates.space.chain.rows() if candidates.fits(row)}
+    assert listed == brute
+    seen = set(random.Random(0).sample(sorted(listed), len(listed) - 3))
+    drawn = {tuple((candidates.draw(random.Random(i), seen) or {}).values()) for i in range(60)}
+    assert drawn == listed - seen
+    assert candidates.draw(random.Random(0), listed) is None
+
+
+@pytest.mark.parametrize("budget", [{"macs": 1000}, {"macs": "1.00001x"}, {"params": "0.5x"}])
+def test_a_budget_that_nothing_fits_is_refused(write: Write, budget: dict[str, Any]) -> None:
+    path = write(budget=budget)
+    with pytest.raises(UserError, match=r"budget: nothing fits; .* exceeds (macs|params) by [\d,]"):
+        searching(path)
+    assert not (path.parent / "runs").exists(), "nothing was created"
+
+
+def test_the_cheapest_excess_is_named_exactly(write: Write) -> None:
+    search = searching(write())
+    table = search.space.table
+    least = min(
+        table({site: spec})["macs"]
+        for site, specs in search.space.choices.items()
+        for spec in specs
+        if spec != NONE
+    )
+    limit = table.plain["macs"] + 1
+    with pytest.raises(UserError, match=f"macs by {least - limit:,} "):
+        Candidates(search.pricing, {"macs": limit}).refuse_empty()
+
+
+def test_an_edited_experiment_is_refused_with_the_difference(write: Write) -> None:
+    by_formula(write(), 3)
+    training = {"epochs": 1, "batch_size": 32, "lr": 0.02, "warm_start": True}
+    with pytest.raises(UserError) as refusal:
+        searching(write(training=training))
+    assert "training.lr: 0.01 -> 0.02" in str(refusal.value)
+    assert "search.trials" not in str(refusal.value)
+    more = write(search={"sampler": "random", "trials": 5, "seed": 1})
+    assert len(by_formula(more, 5).trials) == 5
+
+
+def test_the_database_alone_is_enough(write: Write) -> None:
+    path = write()
+    first = by_formula(path, 3)
+    path.unlink()
+    config = load_study(first.storage, "tiny").config
+    search = Search(config, Display(Console(quiet=True)))
+    search.evaluator = Formula()  # type: ignore[assignment]
+    resumed = search.run(8)
+    assert rows(resumed) == rows(by_formula(write("whole"), 8))
+
+
+def test_the_frontier_follows_from_the_records(write: Write) -> None:
+    path = write(objectives=["accuracy", "macs", "params"])
+    study = by_formula(path, 25)
+    scored = [t for t in study.trials if t.score]
+    points = [
+        [-t.score.accuracy, t.cost.values["macs"], t.cost.values["params"]]
+        for t in scored
+        if t.score
+    ]
+    expected = {t.number for t, keep in zip(scored, non_dominated(points), strict=True) if keep}
+    assert {t.number for t in study.frontier()} == expected
+    accuracies = [t.score.accuracy for t in study.frontier() if t.score]
+    assert accuracies == sorted(accuracies)
+    database = path.parent / "runs"
+    for file in (database / "frontier.json", database / "tiny" / "frontier.json"):
+        assert json.loads(file.read_text()) == [t.as_dict() for t in study.frontier()]
+    assert len((database / "frontier.csv").read_text().splitlines()) == len(expected) + 1
+
+
+def test_selection(write: Write) -> None:
+    study = by_formula(write(), 25)
+    front = study.frontier()
+    assert study.select("best") == front[-1]
+    assert study.select("knee") in front
+    assert study.select("trial=3").number == 3
+    plain = study.facts["plain"]["macs"]
+    chosen = study.select("macs<=1.1x")
+    fitting = [t for t in front if t.cost.values["macs"] <= 1.1 * plain]
+    assert chosen == max(fitting, key=lambda t: t.score.accuracy if t.score else 0.0)
+    for wrong in ("kneee", "trial=99", "latency<=3", "macs<=abc", "macs<=1"):
+        with pytest.raises(UserError):
+            study.select(wrong)
+
+
+def test_a_live_process_keeps_others_out(write: Write) -> None:
+    path = write()
+    by_formula(path, 2)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        search = searching(path)
+        beat = lease.identity() | {"pid": other.pid, "started": lease._started(other.pid)}
+        search.study.optuna.set_user_attr(lease.LEASE, beat | {"heartbeat": time.time()})
+        search.evaluator = Formula()  # type: ignore[assignment]
+        with pytest.raises(UserError, match=f"by process {other.pid} "):
+            search.run(4)
+    finally:
+        other.kill()
+        other.wait()
+    assert len(by_formula(path, 4).trials) == 4, "a dead process's lease is taken over"
+
+
+def test_another_host_is_believed_by_its_heartbeat() -> None:
+    remote = {"host": "elsewhere", "pid": 1, "started": "", "heartbeat": time.time()}
+    assert lease.alive(remote)
+    assert not lease.alive(remote | {"heartbeat": time.time() - 2 * lease.STALE})
+    assert not lease.alive(lease.identity() | {"started": "another start"}), "the pid was reused"
+
+
+def test_a_failure_is_recorded_and_the_search_goes_on(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real trainings: one that diverges, one that runs out of memory, one that breaks."""
+    fit, calls = candidate.fit, []
+
+    def sabotaged(network: Any, data: Any, schedule: Any, **options: Any) -> Score:
+        calls.append(schedule)
+        if len(calls) == 3:  # backbone, baseline, then the first candidate
+            schedule = schedule.model_copy(update={"lr": 1e30, "optimizer": "sgd"})
+        if len(calls) == 4:
+            raise TrialFailed("out of memory")
+        if len(calls) == 5:
+            raise ZeroDivisionError("oops")
+        return fit(network, data, schedule, **options)
+
+    monkeypatch.setattr(candidate, "fit", sabotaged)
+    search = searching(write())
+    monkeypatch.setattr(search.evaluator, "estimate", lambda *a, **k: 0.0)
+    study = search.run(5)
+    states = [t.state for t in study.trials]
+    assert states == ["scored", "failed", "failed", "failed", "scored"]
+    reasons = [t.reason for t in study.trials]
+    assert "not finite" in reasons[1] or "the loss is" in reasons[1]
+    assert reasons[2] == "out of memory"
+    assert reasons[3] == "ZeroDivisionError: oops"
+    assert all(t.score is None for t in study.trials if t.state == "failed")
+    assert {t.number for t in study.frontier()} <= {0, 4}
+    assert study.summary()["failed"] == 3
+
+
+def test_a_baseline_that_fails_ends_the_search_and_is_tried_again(write: Write) -> None:
+    class Failing(Formula):
+        def __call__(self, architecture: Architecture, tick: Tick) -> tuple[Score, Any]:
+            raise TrialFailed("out of memory")
+
+    path = write()
+    with pytest.raises(TrialFailed, match="plain backbone could not be trained: out of memory"):
+        by_formula(path, 4, Failing())
+    assert rows(by_formula(path, 4)) == rows(by_formula(write("whole"), 4))
+
+
+def test_weights_reproduce_their_score_and_seeds_are_kept(write: Write) -> None:
+    training = {"epochs": 1, "batch_size": 32, "lr": 0.01, "warm_start": True, "seeds": 2}
+    search = searching(write(training=training))
+    study = search.run(3)
+    for trial in study.trials:
+        assert trial.score is not None
+        assert len(trial.score.accuracies) == 2
+        assert trial.score.accuracy == pytest.approx(sum(trial.score.accuracies) / 2)
+        assert len({r.seed for r in trial.score.repeats}) == 2
+    best = study.frontier()[-1]
+    assert best.score is not None
+    network = build(best.architecture).eval()
+    network.load_state_dict(load_file(study.folder / "weights" / f"{best.number}.safetensors"))
+    data = load(study.config.data, best.architecture.input, best.architecture.classes)
+    hits = total = 0
+    with torch.no_grad():
+        for x, y in data.loader("val", 64, 0):
+            hits += int((network(x).argmax(1) == y).sum())
+            total += len(y)
+    assert hits / total == pytest.approx(best.score.accuracies[0])
+    kept = {int(p.stem) for p in (study.folder / "weights").glob("*.safetensors")}
+    assert kept == {t.number for t in study.frontier()} | {0}
+
+
+def test_lost_weights_are_trained_again_to_the_same_bits(write: Write) -> None:
+    path = write()
+    study = searching(path).run(3)
+    best = study.frontier()[-1]
+    file = study.folder / "weights" / f"{best.number}.safetensors"
+    before = load_file(file)
+    file.unlink()
+    (study.folder / "backbone.safetensors").unlink()
+    after = weights_of_trial(study, best, Display(Console(quiet=True)))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_without_a_warm_start_every_candidate_starts_from_scratch(write: Write) -> None:
+    training = {"epochs": 1, "batch_size": 32, "lr": 0.01, "ema": 0.9, "clip": 1.0}
+    study = searching(write(training=training)).run(2)
+    assert [t.state for t in study.trials] == ["scored", "scored"]
+    assert not (study.folder / "backbone.safetensors").exists()
+
+
+def nasattn(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from nasattn.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_command_line_end_to_end(write: Write) -> None:
+    path = write()
+    first = nasattn("search", path, "--trials", 3)
+    assert first.returncode == 0, first.stderr
+    assert "frontier of tiny" in first.stdout
+    complete = nasattn("search", path, "--trials", 3)
+    assert complete.returncode == 0 and "complete" in complete.stdout
+    storage = f"sqlite:///{path.parent}/runs/tiny.db"
+    more = nasattn("resume", "--storage", storage, "--study", "tiny", "--trials", 4)
+    assert more.returncode == 0, more.stderr
+    listed = nasattn("pareto", "--storage", storage, "--study", "tiny", "--json")
+    front = json.loads(listed.stdout)
+    assert [row["accuracy"] for row in front] == sorted(row["accuracy"] for row in front)
+    assert {"number", "key", "accuracy", "cost", "placements", "baseline"} <= front[0].keys()
+    state = json.loads(nasattn("status", path, "--json").stdout)
+    assert (state["finished"], state["running"]) == (4, 0)
+    for wrong in (
+        ("search", path.parent / "experimant.yaml"),
+        ("pareto", "--storage", storage, "--study", "tinny"),
+        ("pareto", "--storage", "sqlite:////nowhere/at/all.db", "--study", "tiny"),
+        ("pareto", "--storage", "oracle", "--study", "tiny"),
+        ("pareto",),
+        ("search", path, "--storage", "postgresql://nobody@127.0.0.1:1/none"),
+    ):
+        refused = nasattn(*wrong)
+        assert refused.returncode == 2, (wrong, refused.stderr)
+        assert "Traceback" not in refused.stderr and refused.stderr.strip()
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_within_a_training_loses_nothing(write: Write) -> None:
+    """A real process, killed in the middle of a real Lightning training, three times over."""
+    data = {"name": "cued_digits", "train": 1920, "val": 64, "test": 64}
+    whole = searching(write("whole", data=data)).run(5)
+    path = write("torn", data=data)
+    command = [sys.executable, "-c", "from nasattn.cli import main; main()", "search", str(path)]
+    command += ["--trials", "5"]
+    storage = f"sqlite:///{path.parent}/runs/tiny.db"
+    for number in (0, 2, 3):
+        worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            try:
+                running = [t.number for t in load_study(storage, "tiny").trials if not t.score]
+            except UserError:
+                continue
+            if number in running:
+                break
+        time.sleep(0.15)
+        assert worker.poll() is None, "it was killed while it worked"
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        states = {t.number: t.state for t in load_study(storage, "tiny").trials}
+        assert states[number] == "running"
+    torn = searching(path).run(5)
+    assert rows(torn) == rows(whole)

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from nasattn.catalog import BACKBONES, BLOCKS, Scalar, Value, complete
@@ -19,6 +18,7 @@ from nasattn.document import (
     Source,
     Strict,
     check,
+    dump_yaml,
     load_yaml,
     read_whole,
     tuples,
@@ -176,7 +176,7 @@ class Architecture:
         return cls.from_dict(*load_yaml(Path(path)))
 
     def save(self, path: str | Path) -> None:
-        text = yaml.safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None, width=100)
+        text = dump_yaml(self.as_dict())
         try:
             Path(path).write_text(text, encoding="utf-8")
         except OSError as error:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from nasattn import __version__
+from nasattn.document import dump_yaml
 from nasattn.errors import UserError
 from nasattn.model import build
 from nasattn.record import Trial
@@ -202,7 +202,7 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         classes=architecture.classes,
         shape=", ".join(map(str, architecture.input)),
         prepared=PREPARED[study.config.data.name],
-        data=yaml.safe_dump(data, sort_keys=False, default_flow_style=True, width=96).strip(),
+        data=dump_yaml(data, flow=True, width=96).strip(),
         parity=parity,
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from nasattn.config import Experiment, Limit, SpaceFile, differences, storage_url
-from nasattn.document import load_yaml, read_number, read_whole
+from nasattn.document import dump_yaml, load_yaml, read_number, read_whole
 from nasattn.errors import UserError
 
 SPACE = """\
@@ -552,6 +552,17 @@ def test_plain_scalars(text: str, value: object, tmp_path: Path) -> None:
     data, source = load_yaml(tmp_path / "a.yaml")
     assert data == {"a": value} and type(data["a"]) is type(value)
     assert source.where(("a",)) == f"{tmp_path / 'a.yaml'}:1: a"
+
+
+@pytest.mark.parametrize(
+    "text", ["123e456789", "1e5", "123456789012", "0x1f", "1:30", "on", "no", "1_000", "~", "é"]
+)
+def test_what_is_dumped_is_read_back(text: str, tmp_path: Path) -> None:
+    value = {text: [text, 1e-05, 1.5e300, 7, None, True], "a": {"b": text}}
+    for flow in (None, True, False):
+        (tmp_path / "a.yaml").write_text(dump_yaml(value, flow=flow), encoding="utf-8")
+        assert load_yaml(tmp_path / "a.yaml")[0] == value
+        assert yaml.safe_load(dump_yaml(value, flow=flow)) == value
 
 
 def test_limits() -> None:

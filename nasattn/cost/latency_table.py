@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
-import yaml
 
 from nasattn.architecture import NONE, Architecture
 from nasattn.config import differences
 from nasattn.cost.calibration import Calibration, Network, calibrate
 from nasattn.cost.latency import Latency
-from nasattn.document import Strict, check, load_yaml
+from nasattn.document import Strict, check, dump_yaml, load_yaml
 from nasattn.errors import UserError
 from nasattn.skeleton import LEFT_OUT, SUFFIX, Skeleton
 
@@ -70,9 +69,7 @@ class LatencyTable(Strict):
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
-        text = yaml.safe_dump(
-            self.model_dump(), sort_keys=False, default_flow_style=None, width=1000
-        )
+        text = dump_yaml(self.model_dump(), width=1000)
         draft = path.with_name(f".{path.name}.draft")
         try:
             draft.write_text(HEADER + text, encoding="utf-8")

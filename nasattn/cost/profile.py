@@ -237,7 +237,11 @@ def _refuse(refused: Mapping[str, str]) -> None:
 
 
 def _draw(space: Space, count: int, seed: int) -> dict[Subject, dict[str, str]]:
-    """Different whole networks, with their rows; not the plain one."""
+    """Different whole networks, with their rows; not the plain one.
+
+    They keep a random number of the blocks of a uniform draw: nearly all of a space's networks hold
+    `max_blocks`, and a line through them alone would be a line through one point.
+    """
     wanted = min(count, space.size() - 1)
     if wanted < FEWEST:
         raise UserError(
@@ -248,6 +252,11 @@ def _draw(space: Space, count: int, seed: int) -> dict[Subject, dict[str, str]]:
     drawn: dict[Subject, dict[str, str]] = {}
     while len(drawn) < wanted:
         architecture = space.sample(rng)
+        kept = rng.randint(min(1, len(architecture.placements)), len(architecture.placements))
+        placed = set(rng.sample(architecture.placements, kept))
+        architecture = replace(
+            architecture, placements=tuple(p for p in architecture.placements if p in placed)
+        )
         row = space.row_of(architecture)
         if architecture != plain and row is not None:
             make = partial(build, architecture)

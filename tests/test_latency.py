@@ -21,6 +21,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from nasattn import load_study
 from nasattn.blocks import BLOCKS
 from nasattn.cli import app
 from nasattn.config import SpaceFile
@@ -37,6 +38,7 @@ from nasattn.cost.latency import (
     time_runs,
 )
 from nasattn.cost.latency_table import LatencyTable, check_context
+from nasattn.cost.memory import inference_peak
 from nasattn.cost.profile import profile, read_space, subjects
 from nasattn.document import check, load_yaml
 from nasattn.errors import UserError
@@ -698,3 +700,47 @@ def test_a_real_profile_of_a_small_space(tiny_space: SearchSpace, tmp_path: Path
     assert all(found.seconds > 0 for found in (table.plain, *table.measured.values()))
     assert isinstance(table.calibration, Calibration) and table.noise > 0
     assert table.context["runtime"] == "torch" and len(table.context["load"]) == 2
+
+
+def test_a_search_keeps_a_budget_of_latency_and_memory(tmp_path: Path) -> None:
+    """With real trainings; the table is of an invented machine with a noise, kept as a margin."""
+    space_file = Path(__file__).parents[1] / "search_spaces/cued_digits.yaml"
+    space = SearchSpace.load(space_file)
+    target = Invented(machine=Machine(mood=1.0, noise=0.02))
+    table = profile(space, tmp_path / "here.yaml", target, protocol=QUICK, networks=8)
+    assert table.noise > 0
+    path = tmp_path / "experiment.yaml"
+    fields = {
+        "study": "timed",
+        "space": str(space_file),
+        "data": {"name": "cued_digits", "train": 64, "val": 32, "test": 32},
+        "training": {"batch_size": 32},
+        "latency": "here.yaml",
+        "objectives": ["accuracy", "latency_s", "peak_memory_bytes"],
+        "budget": {"latency_s": "1.05x", "peak_memory_bytes": "1.1x"},
+        "search": {"trials": 4, "sampler": "random"},
+    }
+    path.write_text(yaml.safe_dump(fields))
+    result = CliRunner().invoke(app, ["search", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "latency_s is that of another time and perhaps another place: " in result.stdout
+    study = load_study(f"sqlite:///{tmp_path}/runs/nasattn.db", "timed")
+    plain = study.facts["plain"]
+    limits = {"latency_s": 1.05 * plain["latency_s"] - table.noise}
+    limits |= {"peak_memory_bytes": 1.1 * plain["peak_memory_bytes"]}
+    rows = study.optuna.get_trials()
+    assert len(rows) == len(study.trials) == 4
+    for trial, row in zip(study.trials, rows, strict=True):
+        assert trial.score, trial.reason
+        cost = trial.cost.values
+        with torch.device("meta"):
+            peak = inference_peak(build(trial.architecture), (1, *space.input))
+        assert cost["latency_s"] == pytest.approx(table(row.params)["latency_s"])
+        assert cost["peak_memory_bytes"] == peak
+        assert trial.cost.context["latency"]["runtime"] == "torch"
+        assert row.values == [trial.score.accuracy, cost["latency_s"], peak]
+        excesses = {metric: cost[metric] - limit for metric, limit in limits.items()}
+        # Those of the key before Optuna 5, which the dashboard reads, stand beside them.
+        assert {m: row.constraints[m] for m in limits} == pytest.approx(excesses)
+        assert row.system_attrs["constraints"] == pytest.approx(list(excesses.values()))
+        assert all(excess <= 0 for excess in excesses.values())

@@ -6,9 +6,9 @@ setup: .venv/ready
 
 .venv/ready: pyproject.toml
 	@if command -v uv >/dev/null; then \
-		uv venv --quiet --allow-existing .venv && uv pip install --quiet --python $(PY) -e '.[export,dev]'; \
+		uv venv --quiet --allow-existing .venv && uv pip install --quiet --python $(PY) -e '.[dev]'; \
 	else \
-		python3 -m venv .venv && $(PY) -m pip install --quiet -e '.[export,dev]'; \
+		python3 -m venv .venv && $(PY) -m pip install --quiet -e '.[dev]'; \
 	fi
 	@touch $@
 

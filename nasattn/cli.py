@@ -203,7 +203,7 @@ def cost(
 @app.command()
 def profile(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
-    runtime: Annotated[str, typer.Option(help="torch | onnxruntime.")] = "torch",
+    runtime: Annotated[str, typer.Option(help="torch | onnxruntime | executorch.")] = "torch",
     out: Annotated[
         Path | None, typer.Option(help="Default: the experiment's `latency`.", metavar="FILE")
     ] = None,

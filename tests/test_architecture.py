@@ -46,6 +46,7 @@ OWNERS: dict[str, set[str]] = {
     "lightning": set(),
     "onnx": {"export"},
     "onnxruntime": {"export", "cost.latency"},
+    "executorch": {"cost.latency"},
     "onnxscript": {"export"},
     "matplotlib": {"report"},
     "rich": {"search.display", "cli"},

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from nasattn.config import SpaceFile
 from nasattn.cost import count
 from nasattn.cost.calibration import Calibration, Network, _kendall_tau, calibrate
 from nasattn.cost.latency import (
+    PACKAGES,
+    RUNTIMES,
     Latency,
     LatencyRefused,
     Reference,
@@ -216,13 +219,19 @@ def test_channels_last_is_the_layout_that_runs() -> None:
     assert seen == [True, False]
 
 
-def test_onnxruntime_runs_in_the_calling_thread_and_computes_the_same() -> None:
+OTHERS = [name for name in RUNTIMES if name != "torch"]
+
+
+@pytest.mark.parametrize("runtime", OTHERS)
+def test_a_runtime_runs_in_the_calling_thread_and_computes_the_same(runtime: str) -> None:
     """The CPU time of the thread would otherwise miss its work."""
+    _skip_without(runtime)
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     eager, session = (
-        Target(runtime=name).prepare(network, (3, 32, 32)) for name in ("torch", "onnxruntime")
+        Target(runtime=name).prepare(network, (3, 32, 32)) for name in ("torch", runtime)
     )
-    assert torch.allclose(torch.from_numpy(session()[0]), eager(), atol=1e-5)  # type: ignore[index]
+    (output,) = session()  # type: ignore[misc]
+    assert torch.allclose(torch.as_tensor(output), eager(), atol=1e-5)
     thread, process = time.thread_time(), time.process_time()
     for _ in range(200):
         session()
@@ -230,20 +239,23 @@ def test_onnxruntime_runs_in_the_calling_thread_and_computes_the_same() -> None:
     assert thread > 0.5 * process
 
 
-def test_onnxruntime_says_what_it_cannot_run() -> None:
+@pytest.mark.parametrize("runtime", OTHERS)
+def test_a_runtime_says_what_it_cannot_run(runtime: str) -> None:
+    _skip_without(runtime)
+
     class Tongue(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum().item() > 0 else -x
 
-    with pytest.raises(LatencyRefused, match="onnxruntime cannot run it"):
-        Target(runtime="onnxruntime").prepare(Tongue(), (1, 2, 2))
+    with pytest.raises(LatencyRefused, match=f"{runtime} cannot run it"):
+        Target(runtime=runtime).prepare(Tongue(), (1, 2, 2))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"runtime": "onnxrumtime"}, "unknown runtime 'onnxrumtime'.*did you mean 'onnxruntime'"),
-        ({"runtime": "executorch"}, "allowed: torch, onnxruntime"),
+        ({"runtime": "tvm"}, "allowed: torch, onnxruntime, executorch"),
         ({"device": "gpu"}, "unknown device 'gpu'; allowed: cpu, cuda"),
         ({"runtime": "onnxruntime", "channels_last": True}, "got it with channels_last"),
         ({"runtime": "onnxruntime", "device": "cuda"}, "got it with device cuda"),
@@ -254,10 +266,19 @@ def test_targets_that_cannot_be_had(fields: dict[str, Any], message: str) -> Non
         Target(**fields)
 
 
-def test_a_missing_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", OTHERS)
+def test_a_missing_runtime_says_what_to_install(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nasattn.cost.latency.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"onnxruntime.*pip install 'nasattn\[export\]'"):
-        Target(runtime="onnxruntime")
+    with pytest.raises(UserError, match=rf"{runtime}.*pip install 'nasattn\[export\]'"):
+        Target(runtime=runtime)
+
+
+def _skip_without(runtime: str) -> None:
+    missing = [name for name in PACKAGES[runtime] if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
 
 
 # The table of a space, on the invented clock.

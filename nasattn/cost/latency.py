@@ -1,7 +1,7 @@
 """How one thing is timed, so that the number can be trusted on a machine that is not idle.
 
 One thread on one core, batch 1, eval mode, no gradients. On the CPU the clock is the thread's own
-CPU time, which stands still while another process runs (onnxruntime's one thread is the caller's,
+CPU time, which stands still while another process runs (a runtime's one thread is the caller's,
 so it sees that work too); on a GPU it is CUDA events. What is timed together takes turns, once a
 round in random order, each right after an untimed run of itself (so that caches hold what they hold
 in steady use, whatever came before), and is paired within each round with a reference, the plain
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -105,8 +106,8 @@ class Timed(NamedTuple, Generic[K]):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a network runs. channels_last: the memory layout of torch's tensors (onnxruntime has
-    its own). A UserError says what cannot be had here."""
+    """Where a network runs. channels_last: the memory layout of torch's tensors (other runtimes
+    have their own). A UserError says what cannot be had here."""
 
     runtime: str = "torch"
     device: str = "cpu"
@@ -115,16 +116,16 @@ class Target:
     def __post_init__(self) -> None:
         lookup(RUNTIMES, self.runtime, "runtime")
         lookup(CLOCKS, self.device, "device")
-        if self.runtime == "onnxruntime":
-            missing = [n for n in ("onnx", "onnxruntime", "onnxscript") if find_spec(n) is None]
+        if self.runtime != "torch":
+            missing = [name for name in PACKAGES[self.runtime] if find_spec(name) is None]
             if missing:
                 raise UserError(
-                    f"runtime onnxruntime: packages are not here ({', '.join(missing)}): "
+                    f"runtime {self.runtime}: packages are not here ({', '.join(missing)}): "
                     "pip install 'nasattn[export]'"
                 )
             if self.device != "cpu" or self.channels_last:
                 raise UserError(
-                    "runtime onnxruntime: got it with "
+                    f"runtime {self.runtime}: got it with "
                     f"{'device cuda' if self.device != 'cpu' else 'channels_last'}; "
                     "allowed: device cpu in its own memory layout"
                 )
@@ -147,10 +148,8 @@ class Target:
         """Under what circumstances a latency of here and now is taken."""
         chip = torch.cuda.get_device_name() if self.device == "cuda" else _cpu_name()
         versions = {"torch": str(torch.__version__)}
-        if self.runtime == "onnxruntime":
-            import onnxruntime
-
-            versions["onnxruntime"] = str(onnxruntime.__version__)
+        if self.runtime != "torch":
+            versions[self.runtime] = version(self.runtime)
         return {
             "runtime": self.runtime,
             **versions,
@@ -336,19 +335,48 @@ def _torch(module: nn.Module, image: torch.Tensor, target: Target) -> Run:
 def _onnxruntime(module: nn.Module, image: torch.Tensor, target: Target) -> Run:
     import onnxruntime
 
-    try:
-        with _quiet_exporter(), torch.no_grad():
-            program = torch.onnx.export(module, (image,), dynamo=True, verbose=False)
+    with _lowering("onnxruntime"):
+        program = torch.onnx.export(module, (image,), dynamo=True, verbose=False)
         assert program is not None
         model = program.model_proto.SerializeToString()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {session.get_inputs()[0].name: image.numpy()})
+
+
+def _executorch(module: nn.Module, image: torch.Tensor, target: Target) -> Run:
+    """Lowered to XNNPACK, as on a phone's CPU; what XNNPACK lacks runs by ExecuTorch's kernels."""
+    with _lowering("executorch"):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime, Verification
+
+        # Its pool has a thread a core; with one, the caller's thread does all.
+        portable_lib._unsafe_reset_threadpool(1)
+        exported = torch.export.export(module, (image,))
+        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        file = lowered.to_executorch().buffer
+        program = Runtime.get().load_program(file, verification=Verification.Minimal)
+        method = program.load_method("forward")
+
+    def run(held: object = (file, program)) -> object:  # the method runs in memory of theirs
+        return method.execute([image])
+
+    return run
+
+
+@contextlib.contextmanager
+def _lowering(runtime: str) -> Iterator[None]:
+    """Without gradients, silent; whatever goes wrong is what the runtime cannot run."""
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            yield
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LatencyRefused(f"onnxruntime cannot run it: {first}") from error
-    return partial(session.run, None, {session.get_inputs()[0].name: image.numpy()})
+        raise LatencyRefused(f"{runtime} cannot run it: {first}") from error
 
 
 @contextlib.contextmanager
@@ -379,4 +407,9 @@ CLOCKS: Mapping[str, Callable[[Run], float]] = {"cpu": _cpu_clock, "cuda": _cuda
 RUNTIMES: Mapping[str, Callable[[nn.Module, torch.Tensor, Target], Run]] = {
     "torch": _torch,
     "onnxruntime": _onnxruntime,
+    "executorch": _executorch,
+}
+PACKAGES = {
+    "onnxruntime": ("onnx", "onnxruntime", "onnxscript"),
+    "executorch": ("executorch",),
 }

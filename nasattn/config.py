@@ -237,6 +237,14 @@ class Search(Strict):
         return self
 
 
+class Final(Strict):
+    """The frontier is evaluated again when the search has its trials: with so many seeds, the plain
+    backbone trained anew for each. test: on the test split too, which nothing else touches."""
+
+    seeds: Positive = 3
+    test: bool = True
+
+
 class TrainerFile(Strict):
     """Where the training runs. threads: of one process on the CPU."""
 
@@ -266,6 +274,7 @@ class Experiment(Strict):
     budget: dict[Metric, Budget] = Field(default_factory=dict)
     latency: dict[str, Any] | None = None
     search: Search = Search()
+    final: Final | None = None
     trainer: TrainerFile = TrainerFile()
 
     @model_validator(mode="before")
@@ -396,6 +405,7 @@ __all__ = [
     "Budget",
     "CuedDigits",
     "Experiment",
+    "Final",
     "ImageFolder",
     "Limit",
     "Metric",

@@ -161,11 +161,18 @@ def train_architecture(
     store(out, weights, {"key": architecture.key})
     figures: dict[str, Any] = {"key": architecture.key, "weights": str(out), **score.as_dict()}
     if on_test:
-        network = build(architecture)
-        network.load_state_dict(weights)
-        where = experiment.trainer
-        figures["test"] = test(network, data, batch_size=schedule.batch_size, where=where)
+        figures["test"] = score_test(architecture, weights, experiment, data)
     return figures
+
+
+def score_test(
+    architecture: Architecture, weights: Weights, experiment: Experiment, data: Data
+) -> float:
+    """Top-1 accuracy of trained weights on the test split."""
+    network = build(architecture)
+    network.load_state_dict(weights)
+    batch_size = experiment.training.batch_size
+    return test(network, data, batch_size=batch_size, where=experiment.trainer)
 
 
 def _part(tick: Tick, done: int, repeats: int, share: float, accuracy: float | None) -> None:

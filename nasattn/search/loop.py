@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import TrialFailed
+from nasattn.errors import TrialFailed, reason
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import Lease
+from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Exhausted, Gate
 from nasattn.search.study import (
     FACTS,
@@ -72,28 +73,32 @@ class Search:
     def run(self, total: int) -> Study:
         """Go on until the study has `total` finished trials or the space is exhausted."""
         with Lease(self._optuna), self.display:
-            unfinished = self._recover()
-            count = self.candidates.count()
-            total = total if count is None else min(total, count)
-            done = finished(self.study.trials)
-            if done >= total:
-                self.display.note(f"the study '{self.study.name}' is complete: {done} trials")
-                return self.study
-            self._remember(total)
-            self._announce(total, done, count)
-            self.display.begin(self.study, total)
-            claimed = len(self.study.trials)
-            for row in unfinished:
-                self._evaluate(optuna.trial.Trial(self._optuna, row._trial_id), read_trial(row))
-            for slot in range(claimed, total):
-                try:
-                    asked = self._ask(slot)
-                except Exhausted:
-                    self.display.note("no new architecture was found within the budget: complete")
-                    self._recover()
-                    break
-                self._evaluate(*asked)
+            self._search(total)
+            Retraining(self.study, self.data, self.display).run()
         return self.study
+
+    def _search(self, total: int) -> None:
+        unfinished = self._recover()
+        count = self.candidates.count()
+        total = total if count is None else min(total, count)
+        done = finished(self.study.trials)
+        self._remember(total if done < total else None)
+        if done >= total:
+            self.display.note(f"the study '{self.study.name}' is complete: {done} trials")
+            return
+        self._announce(total, done, count)
+        self.display.begin(self.study, total)
+        claimed = len(self.study.trials)
+        for row in unfinished:
+            self._evaluate(optuna.trial.Trial(self._optuna, row._trial_id), read_trial(row))
+        for slot in range(claimed, total):
+            try:
+                asked = self._ask(slot)
+            except Exhausted:
+                self.display.note("no new architecture was found within the budget: complete")
+                self._recover()
+                break
+            self._evaluate(*asked)
 
     def _recover(self) -> list[FrozenTrial]:
         """The trials that a dead process left running, to be run again in their own slots."""
@@ -138,12 +143,17 @@ class Search:
             f"Ctrl-C stops, the same command goes on"
         )
 
-    def _remember(self, total: int) -> None:
-        """Store the number of trials asked for last, so that a bare `resume` goes on to it."""
+    def _remember(self, total: int | None) -> None:
+        """Store what was asked for last, the number of trials (None: as it was) and the `final`, so
+        that a bare `resume` goes on to it."""
         facts = dict(self.study.facts)
         experiment = dict(facts["experiment"])
-        experiment["search"] = {**experiment["search"], "trials": total}
-        self._optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
+        if total is not None:
+            experiment["search"] = {**experiment["search"], "trials": total}
+        experiment["final"] = self.experiment.as_dict()["final"]
+        if experiment != facts["experiment"]:
+            self._optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
+            self.study.refresh()
 
     def _ask(self, slot: int) -> tuple[optuna.trial.Trial, Trial]:
         """A new row whose architecture is drawn and stored, and the trial it is."""
@@ -172,12 +182,11 @@ class Search:
             values = {**trial.cost.values, "accuracy": score.accuracy}
             self._optuna.tell(row, [values[o] for o in self.experiment.objectives])
         except Exception as error:
-            known = isinstance(error, TrialFailed)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
-            row.set_user_attr(REASON, reason)
+            row.set_user_attr(REASON, reason(error))
             row.set_user_attr("traceback", traceback.format_exc())
             if trial.baseline:
-                raise TrialFailed(f"the plain backbone could not be trained: {reason}") from error
+                text = f"the plain backbone could not be trained: {reason(error)}"
+                raise TrialFailed(text) from error
             self._optuna.tell(row, state=TrialState.FAIL)
         trials = self.study.trials
         self._keep_frontier(trials)

@@ -23,6 +23,7 @@ from nasattn.config import Experiment, Limit, differences, storage_url
 from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
+from nasattn.search.final import evaluations, summarise
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
@@ -38,7 +39,7 @@ STATES: Mapping[TrialState, State] = {
 }
 # What may change between two runs of one study: neither decides what is proposed or how it is
 # judged.
-FREE = ("search.trials", "search.workers", "storage")
+FREE = ("search.trials", "search.workers", "storage", "final", "final.seeds", "final.test")
 
 
 class Study:
@@ -54,13 +55,19 @@ class Study:
         self.optuna = study
         self.name = study.study_name
         self.storage = storage
-        facts = study.user_attrs.get(FACTS)
-        if facts is None:
-            raise UserError(f"the study '{self.name}' in {shown(storage)} was not made by nasattn")
-        self.facts: Mapping[str, Any] = facts
-        stored = facts["experiment"] | {"storage": storage}
-        self.config = Experiment.from_dict(stored, f"study '{self.name}'")
         self._finished: dict[int, Trial] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read anew what the study was asked to do."""
+        facts = self.optuna.user_attrs.get(FACTS)
+        if facts is None:
+            raise UserError(
+                f"the study '{self.name}' in {shown(self.storage)} was not made by nasattn"
+            )
+        self.facts: Mapping[str, Any] = facts
+        stored = facts["experiment"] | {"storage": self.storage}
+        self.config = Experiment.from_dict(stored, f"study '{self.name}'")
 
     @property
     def trials(self) -> list[Trial]:
@@ -134,6 +141,20 @@ class Study:
             f"--select: got '{choice}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
         )
 
+    def final(self, trials: Sequence[Trial] | None = None) -> dict[str, Any] | None:
+        """What the re-evaluation of the final frontier gave so far, as plain data; None where the
+        experiment does not ask for one.
+
+        `rows`: the baseline, the frontier, its controls (SE at the same sites) and what was
+        evaluated before it left the frontier. A row has for `val` and `test` the mean with its 95 %
+        interval and n; paired by seed the `gain` over the baseline and `over_control`; the `gap`
+        from the search's own accuracy down to it; and `membership`, the probability to be
+        non-dominated, once all is done.
+        """
+        trials = trials or self.trials
+        stored = evaluations(self.optuna.user_attrs)
+        return summarise(self.config, trials, self.frontier(trials), stored)
+
     def summary(self) -> dict[str, Any]:
         """How far the study is, as plain data."""
         trials = self.trials
@@ -148,6 +169,7 @@ class Study:
             "best": max(scored, default=None),
             "hypervolume": self.hypervolume(trials),
             "frontier": [t.number for t in self.frontier(trials)],
+            "final": self.final(trials),
             "lease": self.optuna.user_attrs.get("lease"),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}
@@ -192,6 +214,10 @@ class Study:
         for folder in (self.folder, self.folder.parent):
             replace_file(folder / "frontier.json", json.dumps(rows, indent=2) + "\n")
             replace_file(folder / "frontier.csv", text.getvalue())
+
+    def write_final(self) -> None:
+        """final.json in the study's folder: what `final` returns."""
+        replace_file(self.folder / "final.json", json.dumps(self.final(), indent=2) + "\n")
 
 
 def claim(slot: int, architecture: Architecture, cost: Cost) -> dict[str, Any]:

@@ -77,9 +77,10 @@ def pareto(
     """Print the Pareto frontier, the plain backbone first."""
     found = _study(experiment, storage, study)
     if as_json:
-        _json([t.as_dict() for t in found.frontier()])
+        _json(found.frontier_rows())
     else:
         _print_frontier(found)
+        _print_final(found)
 
 
 @app.command()
@@ -96,6 +97,8 @@ def status(
         _json(summary)
         return
     console = _console()
+    if final := summary.pop("final"):
+        summary["final"] = f"{final['done']} of {final['evaluations']} evaluations"
     for key, value in summary.items():
         if key != "failures":
             console.print(f"{key:>12}  {value}", markup=False, highlight=False)
@@ -264,6 +267,7 @@ def _search(experiment: "Experiment", trials: int | None) -> None:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
     _print_frontier(study)
+    _print_final(study)
     print(f"files: {study.folder}")
     print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
 
@@ -338,6 +342,25 @@ def _print_frontier(study: "Study") -> None:
     _console().print(table)
     if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
         print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
+
+
+def _print_final(study: "Study") -> None:
+    from rich.table import Table
+
+    from nasattn.search import final_text
+
+    final = study.final()
+    if not final or not final["done"]:
+        return
+    head, *rows = final_text.table(final)
+    shown = Table(box=None, title=final_text.title(study.name, final), title_justify="left")
+    for column in head:
+        shown.add_column(column, justify="left" if column == "blocks" else "right")
+    for row in rows:
+        shown.add_row(*row)
+    _console().print("", shown, markup=False)
+    for line in final_text.notes(final):
+        print(line)
 
 
 def _print_blocks(rows: list[dict[str, Any]]) -> None:

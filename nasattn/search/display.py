@@ -1,10 +1,9 @@
 """What a person sees while a search runs: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -55,84 +54,6 @@ def progress(console: Console, text: str) -> Iterator[Callable[[float, float | N
             bar.update(task, completed=share, last=last)
 
         yield tick
-
-
-def interval(estimate: Mapping[str, Any] | None, seeds: int, sign: str = "") -> str:
-    """`0.9123 [0.9001, 0.9245]`, with the n where it is not `seeds`; `-` for what is not there."""
-    if estimate is None:
-        return "-"
-    low, high = estimate["low"], estimate["high"]
-    text = f"{estimate['mean']:{sign}.4f}"
-    text += "" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
-    return text if estimate["n"] == seeds else f"{text} (n={estimate['n']})"
-
-
-def final_table(name: str, final: Mapping[str, Any]) -> Table:
-    """What `Study.final` returned: a row an architecture, a member's control right below it."""
-    seeds, split = final["seeds"], "test" if final["test"] else "val"
-    title = f"final of {name}, n = {_count(seeds, 'seed')}, means with 95 % intervals"
-    table = Table(box=None, title=title, title_justify="left")
-    columns = ["trial", *({split: 0, "val": 0}), "gain", "over SE", "on the frontier", "blocks"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "blocks" else "right")
-    rows = {row["key"]: row for row in final["rows"]}
-    controls = {k for row in rows.values() if (k := row["control"])}
-    order = []
-    for row in rows.values():
-        if row["key"] not in controls or "control" not in row["roles"][:1]:
-            order += [row["key"], *([row["control"]] if row["control"] else [])]
-    for key in dict.fromkeys(order):
-        row, figures = rows[key], rows[key][split] or {}
-        share = figures.get("membership")
-        table.add_row(
-            _role(row),
-            *(interval(row[s], seeds) for s in {split: 0, "val": 0}),
-            interval(figures.get("gain"), seeds, "+"),
-            interval(figures.get("over_control"), seeds, "+"),
-            "-" if share is None else f"{share:.0%}",
-            placed(row["placements"]),
-        )
-    return table
-
-
-def final_notes(final: Mapping[str, Any]) -> list[str]:
-    """What belongs below the table, the selection bias first."""
-    seeds, split = final["seeds"], "test" if final["test"] else "val"
-    notes = []
-    for other in dict.fromkeys((split, "val")):
-        gap = final["gap"][other]
-        if gap["frontier"]:
-            notes.append(
-                f"selection bias, the search's val minus the final {other}: "
-                f"{interval(gap['frontier'], seeds, '+')} for the frontier's "
-                f"{_count(gap['members'], 'member')}, {interval(gap['baseline'], seeds, '+')} for "
-                "the plain backbone, which nothing selected"
-            )
-    anew = ", the plain backbone trained anew for each" if final["warm_start"] else ""
-    notes.append(
-        f"{final['done']} of {final['evaluations']} evaluations done, {final['failed']} of them "
-        f"failed; {_count(seeds, 'seed')}{anew}; gains are on {split}, paired by seed; on the "
-        "frontier: the probability to be non-dominated under the seeds' noise"
-    )
-    if seeds == 1:
-        notes.append("one seed: an anecdote, not yet a finding")
-    for row in final["rows"]:
-        for failure in row["failures"]:
-            where = f"seed {failure['seed']}, {placed(row['placements'])}"
-            notes.append(f"failed: {where}: {failure['reason']}")
-    return notes
-
-
-def _role(row: Mapping[str, Any]) -> str:
-    """`7`, `SE` for a control, `7 (left)` for what was on an earlier frontier."""
-    name = "" if row["number"] is None else f"{row['number']}"
-    notes = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
-    said = [notes[role] for role in row["roles"] if role in notes]
-    return " ".join(filter(None, (name, f"({', '.join(said)})" if said else "")))
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 class Display:

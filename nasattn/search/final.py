@@ -66,8 +66,8 @@ class Contender:
 
 
 def contenders(trials: Sequence[Trial], front: Sequence[Trial]) -> list[Contender]:
-    """The baseline, the frontier, then the controls, each architecture once: a function of the
-    search's trials alone."""
+    """The baseline, then the frontier's members, each with its control behind it; an architecture
+    stands there once, in all of its roles. A function of the search's trials alone."""
     by_key = {t.architecture.key: t for t in trials if t.score}
     found: dict[str, Contender] = {}
 
@@ -76,19 +76,18 @@ def contenders(trials: Sequence[Trial], front: Sequence[Trial]) -> list[Contende
         found[architecture.key] = Contender(
             architecture=architecture,
             trial=by_key.get(architecture.key),
-            roles=(*(known.roles if known else ()), role),
+            roles=tuple(dict.fromkeys((*(known.roles if known else ()), role))),
             control=control.key if control else known.control if known else None,
         )
 
     for trial in trials:
         if trial.baseline and trial.score:
             add(trial.architecture, "baseline")
-    controls = [control_of(t.architecture) for t in front]
-    for trial, control in zip(front, controls, strict=True):
+    for trial in front:
+        control = control_of(trial.architecture)
         add(trial.architecture, "frontier", control)
-    for key, control in {c.key: c for c in controls if c}.items():
-        assert key == control.key
-        add(control, "control")
+        if control:
+            add(control, "control")
     return list(found.values())
 
 

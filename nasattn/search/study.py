@@ -95,6 +95,16 @@ class Study:
         front = [trial for trial, keep in zip(scored, mask, strict=True) if keep]
         return sorted(front, key=lambda t: (accuracy(t), -t.number))
 
+    def frontier_rows(self) -> list[dict[str, Any]]:
+        """The frontier as `nasattn pareto --json` prints it. `final`: the row of `final`, with that
+        of its control under `se`; None where there is none."""
+        trials = self.trials
+        final = self.final(trials)
+        rows = {row["key"]: row for row in final["rows"]} if final else {}
+        again = {key: row | {"se": rows.get(row["control"])} for key, row in rows.items()}
+        front = self.frontier(trials)
+        return [t.as_dict() | {"final": again.get(t.architecture.key)} for t in front]
+
     def hypervolume(self, trials: Sequence[Trial] | None = None) -> float | None:
         """Share of the box between the baseline's accuracy and 1, and between the cheapest
         architecture's cost and the reference, that the frontier dominates; None before there is a

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 LEVEL = 0.95
@@ -35,7 +35,7 @@ class Estimate:
 
 def membership(
     costs: ArrayLike, accuracies: ArrayLike, *, seed: int, draws: int = 10_000
-) -> NDArray[np.float64] | None:
+) -> list[float] | None:
     """The probability of each of p points to be non-dominated, given n seeds' accuracies of each.
 
     costs: (p, m), known exactly; accuracies: (p, n), a column a seed. An accuracy is taken as the
@@ -48,7 +48,7 @@ def membership(
     table, prices = np.asarray(accuracies, np.float64), np.asarray(costs, np.float64)
     points, seeds = table.shape
     if points == 1:
-        return np.ones(1)
+        return [1.0]
     if seeds < 2:
         return None
     means = table.mean(axis=1)
@@ -57,11 +57,11 @@ def membership(
     freedom = (points - 1) * (seeds - 1)
     scale = np.sqrt(np.sum(residuals**2) / rng.chisquare(freedom, draws) / seeds)
     drawn = means + scale[:, None] * rng.standard_normal((draws, points))
-    shares = np.empty(points)
+    shares = []
     for i, price in enumerate(prices):
         rivals = np.all(prices <= price, axis=1)
         cheaper = rivals & np.any(prices < price, axis=1)
         better = drawn[:, rivals] > drawn[:, [i]]
         equal = drawn[:, cheaper] >= drawn[:, [i]]
-        shares[i] = 1 - np.mean(better.any(axis=1) | equal.any(axis=1))
-    return shares
+        shares.append(1 - np.mean(better.any(axis=1) | equal.any(axis=1)))
+    return [float(share) for share in shares]

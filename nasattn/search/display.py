@@ -35,6 +35,11 @@ def placed(specs: dict[str, str]) -> str:
     return ", ".join(f"{spec} @ {site}" for site, spec in specs.items()) or "plain backbone"
 
 
+def counted(count: int, what: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 @contextmanager
 def progress(console: Console, text: str) -> Iterator[Callable[[float, float | None], None]]:
     """A bar for one training; what it yields takes the share done and the last accuracy."""

@@ -201,7 +201,7 @@ def _judge(rows: Sequence[dict[str, Any]], split: Split, costs: Sequence[str], s
     prices = [[float(r["cost"][m]) for m in costs] for r in rows]
     shares = membership(prices, list(zip(*complete, strict=True)), seed=seed) if complete else None
     if shares is not None:
-        for row, share in zip(rows, shares.tolist(), strict=True):
+        for row, share in zip(rows, shares, strict=True):
             row[split]["membership"] = share
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nasattn.search.display import placed
+from nasattn.search.display import counted, placed
 
 ROLES = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
 
 
 def title(name: str, final: Mapping[str, Any]) -> str:
-    return f"final of {name}: {_count(final['seeds'], 'seed')}, means with 95 % intervals"
+    return f"final of {name}: {counted(final['seeds'], 'seed')}, means with 95 % intervals"
 
 
 def table(final: Mapping[str, Any]) -> list[list[str]]:
@@ -39,7 +39,7 @@ def notes(final: Mapping[str, Any]) -> list[str]:
     lines = [
         f"selection bias: the search's val minus the final {s} is "
         f"{interval(gap['frontier'], seeds, '+')} for the frontier's "
-        f"{_count(gap['members'], 'member')} and {interval(gap['baseline'], seeds, '+')} for the "
+        f"{counted(gap['members'], 'member')} and {interval(gap['baseline'], seeds, '+')} for the "
         "plain backbone, which nothing selected"
         for s in dict.fromkeys((split, "val"))
         if (gap := final["gap"][s])["frontier"]
@@ -47,8 +47,9 @@ def notes(final: Mapping[str, Any]) -> list[str]:
     anew = ", the plain backbone trained anew for each" if final["warm_start"] else ""
     lines.append(
         f"{final['done']} of {final['evaluations']} evaluations are done, {final['failed']} of "
-        f"them failed; {_count(seeds, 'seed')}{anew}; gains on {split}, paired by seed; on the "
-        "frontier: the probability to be non-dominated under the seeds' noise"
+        f"them failed; {counted(seeds, 'seed')}{anew}; a gain is on {split}, over the plain "
+        "backbone, paired by seed; on the frontier: the probability to be non-dominated under the "
+        "seeds' noise"
     )
     if seeds == 1:
         lines.append("one seed: an anecdote, not yet a finding")
@@ -80,7 +81,3 @@ def _name(row: Mapping[str, Any]) -> str:
     said = ", ".join(ROLES[role] for role in row["roles"] if role in ROLES)
     number = "" if row["number"] is None else str(row["number"])
     return f"{number} ({said})".strip() if said else number
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

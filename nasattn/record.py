@@ -86,7 +86,9 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One slot of a study: an architecture, its cost and, once finished, how it did or why not."""
+    """One slot of a study: an architecture, its cost and, once finished, how it did or why not.
+
+    partial: the score so far of a trial that is running or stopped between rungs."""
 
     number: int
     architecture: Architecture
@@ -94,6 +96,7 @@ class Trial:
     score: Score | None
     state: State
     reason: str = ""
+    partial: Score | None = None
 
     @property
     def baseline(self) -> bool:

@@ -13,7 +13,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -23,11 +23,14 @@ from nasattn.config import Experiment, Limit, differences, storage_url
 from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
+from nasattn.search.lease import workers
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
-SCORE, REASON = "score", "reason"
+SCORE, PARTIAL, REASON = "score", "partial", "reason"
+# Of a row: written by a worker that had lost its right to the slot meanwhile.
+VOID = "void"
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -39,6 +42,7 @@ STATES: Mapping[TrialState, State] = {
 # What may change between two runs of one study: neither decides what is proposed or how it is
 # judged.
 FREE = ("search.trials", "search.workers", "storage")
+BUSY = 20  # seconds for which sqlite waits for another process's transaction
 
 
 class Study:
@@ -64,12 +68,23 @@ class Study:
 
     @property
     def trials(self) -> list[Trial]:
-        rows = [r for r in self.optuna.get_trials(deepcopy=False) if FACTS in r.user_attrs]
+        return self.read(self.rows())
+
+    def rows(self) -> list[FrozenTrial]:
+        """Optuna's row of each slot, in order; the latest of a trial that was stopped and promoted."""
+        latest = {
+            row.user_attrs[FACTS]["slot"]: row
+            for row in self.optuna.get_trials(deepcopy=False)
+            if FACTS in row.user_attrs and VOID not in row.user_attrs
+        }
+        return [latest[slot] for slot in sorted(latest)]
+
+    def read(self, rows: Sequence[FrozenTrial]) -> list[Trial]:
+        """The records of rows; a finished one is read once."""
         for row in rows:
             if row.state.is_finished() and row.number not in self._finished:
                 self._finished[row.number] = read_trial(row)
-        trials = [self._finished.get(row.number) or read_trial(row) for row in rows]
-        return sorted(trials, key=lambda t: t.number)
+        return [self._finished.get(row.number) or read_trial(row) for row in rows]
 
     @property
     def folder(self) -> Path:
@@ -148,13 +163,26 @@ class Study:
             "best": max(scored, default=None),
             "hypervolume": self.hypervolume(trials),
             "frontier": [t.number for t in self.frontier(trials)],
-            "lease": self.optuna.user_attrs.get("lease"),
+            "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}
                 for t in trials
                 if t.state == "failed"
             ],
         }
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What each live worker says of itself: host, pid, task, slot, share, accuracy, refused."""
+        found = workers(self.engine, self.name)
+        return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
+
+    @property
+    def engine(self) -> Engine:
+        """Of the database."""
+        storage = self.optuna._storage
+        backend = getattr(storage, "_backend", storage)  # Optuna wraps it in a cache
+        assert isinstance(backend, RDBStorage)
+        return backend.engine
 
     def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
         plain = self.facts["plain"]
@@ -218,6 +246,7 @@ def read_trial(row: FrozenTrial) -> Trial:
     attrs = row.user_attrs
     state = STATES[row.state]
     score = Score.from_dict(attrs[SCORE]) if SCORE in attrs and state == "scored" else None
+    partial = Score.from_dict(attrs[PARTIAL]) if PARTIAL in attrs and score is None else None
     return Trial(
         number=attrs[FACTS]["slot"],
         architecture=Architecture.from_dict(attrs[FACTS]["architecture"]),
@@ -225,6 +254,7 @@ def read_trial(row: FrozenTrial) -> Trial:
         score=score,
         state=state,
         reason=attrs.get(REASON, ""),
+        partial=partial,
     )
 
 
@@ -292,7 +322,7 @@ def connect(storage: str) -> RDBStorage:
     """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sqlite = storage.startswith("sqlite")
-    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+    options = {"connect_args": {"timeout": BUSY}} if sqlite else {"pool_pre_ping": True}
     try:
         database = RDBStorage(storage, engine_kwargs=options)
         if sqlite:
@@ -311,7 +341,7 @@ def connect(storage: str) -> RDBStorage:
 
 
 def _write_ahead(connection: Any, record: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
 
 

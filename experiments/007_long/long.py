@@ -1,8 +1,8 @@
 """A study of thousands of finished trials, and what the commands cost on it.
 
-    python long.py make runs/long.db [--trials 5000] [--study long]   writes it in seconds
-    python long.py measure runs/long.db [--study long]                 processor seconds of each command
-    python long.py loop runs/long.db [--study long] [--trials 20]      of each further trial, by part
+    python long.py make runs/long.db [--trials 5000]    writes it, in seconds
+    python long.py measure runs/long.db                 processor seconds of each command
+    python long.py loop runs/long.db [--trials 20]      of the first proposal, and of each further trial
 
 17 sites by 11 options (MobileNetV2 on 32x64 maps, about 5e17 architectures), budget 1.25x. The rows
 are those that a search writes, but for their accuracy, which a formula gives.
@@ -70,9 +70,7 @@ def score(architecture: Architecture) -> Score:
     )
     accuracy = 0.70 + 0.25 * (1 - 2 ** (-gain / 2)) + rng.gauss(0.0, 0.01)
     curve = tuple(accuracy - 0.1 / (epoch + 1) for epoch in range(10))
-    return Score(
-        accuracy=accuracy, curve=curve, epochs=10, seconds=60.0, seed=0, evaluator="train"
-    )
+    return Score(accuracy=accuracy, curve=curve, epochs=10, seconds=60.0, seed=0, evaluator="train")
 
 
 def make(database: Path, name: str, trials: int) -> None:
@@ -240,7 +238,9 @@ def loop(database: Path, name: str, trials: int, profiled: bool) -> None:
     run(search.run, done + trials)
     first = evaluator.began[0] - began
     each = [b - a for a, b in itertools.pairwise(evaluator.began)]
-    print(f"{done} trials: {first:.2f} s to the first proposal, {statistics.median(each):.3f} s each")
+    print(
+        f"{done} trials: {first:.2f} s to the first proposal, {statistics.median(each):.3f} s each"
+    )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     if profiled:
         pstats.Stats(profile).sort_stats("cumulative").print_stats(50)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -108,6 +109,19 @@ class Study:
         points = self._points([t for t in trials if t.score])
         return hypervolume(points, reference) / box if box > 0 else 0.0
 
+    def growth(self, trials: Sequence[Trial], parts: int = 24) -> list[float]:
+        """The hypervolume after each of so many equal parts of the scored trials."""
+        scored = [t for t in trials if t.score]
+        if not scored or not scored[0].baseline:
+            return []
+        parts = min(parts, len(scored))
+        ends = [len(scored) * (part + 1) // parts for part in range(parts)]
+        front, volumes = scored[:1], []
+        for start, end in itertools.pairwise([0, *ends]):
+            front = self.frontier([*front, *scored[max(1, start) : end]])
+            volumes.append(self.hypervolume([scored[0], *front]) or 0.0)
+        return volumes
+
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most."""
         front = self.frontier(trials)
@@ -156,6 +170,11 @@ class Study:
                 if t.state == "failed"
             ],
         }
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What each live worker says of itself: host, pid, task, share, accuracy, refused."""
+        lease = self.optuna.user_attrs.get("lease")
+        return [lease] if lease else []
 
     def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
         plain = self.facts["plain"]

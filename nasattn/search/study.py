@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.lease import workers
+from nasattn.search.rows import Database
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
@@ -99,7 +101,7 @@ class Study:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
             raise AssertionError("scores of different evaluators cannot share a frontier")
-        mask = non_dominated([self._point(t) for t in scored])
+        mask = non_dominated(self._points(scored))
         front = [trial for trial, keep in zip(scored, mask, strict=True) if keep]
         return sorted(front, key=lambda t: (accuracy(t), -t.number))
 
@@ -119,15 +121,28 @@ class Study:
         for low, high in costs:
             box *= high - low
         reference = [-accuracy(baseline), *(high for _, high in costs)]
-        points = [self._point(t) for t in trials if t.score]
+        points = self._points([t for t in trials if t.score])
         return hypervolume(points, reference) / box if box > 0 else 0.0
+
+    def growth(self, trials: Sequence[Trial], parts: int = 24) -> list[float]:
+        """The hypervolume after each of so many equal parts of the scored trials."""
+        scored = [t for t in trials if t.score]
+        if not scored or not scored[0].baseline:
+            return []
+        parts = min(parts, len(scored))
+        ends = [len(scored) * (part + 1) // parts for part in range(parts)]
+        front, volumes = scored[:1], []
+        for start, end in itertools.pairwise([0, *ends]):
+            front = self.frontier([*front, *scored[max(1, start) : end]])
+            volumes.append(self.hypervolume([scored[0], *front]) or 0.0)
+        return volumes
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most."""
         front = self.frontier(trials)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial yet")
-        return front[knee([self._point(t) for t in front])]
+        return front[knee(self._points(front))]
 
     def select(self, choice: str) -> Trial:
         """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
@@ -201,8 +216,9 @@ class Study:
             )
         return fitting[-1]
 
-    def _point(self, trial: Trial) -> list[float]:
-        return [-accuracy(trial), *(float(trial.cost.values[m]) for m in self.config.costs)]
+    def _points(self, trials: Sequence[Trial]) -> list[list[float]]:
+        costs = self.config.costs
+        return [[-accuracy(t), *(t.cost.values[m] for m in costs)] for t in trials]
 
     def write_frontier(self, trials: Sequence[Trial] | None = None) -> None:
         """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside
@@ -249,7 +265,7 @@ def read_trial(row: FrozenTrial) -> Trial:
     partial = Score.from_dict(attrs[PARTIAL]) if PARTIAL in attrs and score is None else None
     return Trial(
         number=attrs[FACTS]["slot"],
-        architecture=Architecture.from_dict(attrs[FACTS]["architecture"]),
+        architecture=Architecture.of(attrs[FACTS]["architecture"]),
         cost=Cost(**attrs[FACTS]["cost"]),
         score=score,
         state=state,
@@ -324,7 +340,7 @@ def connect(storage: str) -> RDBStorage:
     sqlite = storage.startswith("sqlite")
     options = {"connect_args": {"timeout": BUSY}} if sqlite else {"pool_pre_ping": True}
     try:
-        database = RDBStorage(storage, engine_kwargs=options)
+        database = Database(storage, engine_kwargs=options)
         if sqlite:
             event.listen(database.engine, "connect", _write_ahead)
             database.engine.dispose()

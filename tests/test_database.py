@@ -1,20 +1,16 @@
-"""One study's database, above all with several processes on it: PostgreSQL and sqlite, both real."""
+"""A study's database, above all with several processes on it: real PostgreSQL and real sqlite."""
 
-import os
 import socket
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import yaml
 
 from nasattn import load_study
+from nasattn.cli import main
 from nasattn.config import Experiment
 from nasattn.errors import UserError
 from nasattn.search.database import connect
@@ -67,3 +63,79 @@ def test_many_create_one_study_at_once(url: str) -> None:
     assert len({study.optuna._study_id for study in found}) == 1
     assert [s.study_name for s in connect(url).get_all_studies()] == ["shared"]
     assert all(study.facts == found[0].facts for study in found)
+
+
+def test_a_creation_that_was_killed_half_way_is_completed(url: str) -> None:
+    directions = [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
+    connect(url).create_new_study(directions, "shared")
+    with pytest.raises(UserError, match="was not made by nasattn"):
+        load_study(url, "shared")
+    assert opened(url).facts == load_study(url, "shared").facts
+
+
+def test_a_study_of_others_is_left_alone(url: str) -> None:
+    other = optuna.create_study(storage=connect(url), study_name="shared")
+    with pytest.raises(UserError, match="was not made by nasattn"):
+        opened(url)
+    assert other.user_attrs == {}
+
+
+def test_the_password_is_not_stored(postgres: str) -> None:
+    password = postgres.partition("@")[0].rpartition(":")[2]
+    stored = str(opened(postgres).optuna.user_attrs[FACTS])
+    assert len(password) > 20
+    assert password not in stored
+    assert password in load_study(postgres, "shared").config.storage, "children need it"
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_every_spelling_of_a_url_is_one_database(postgres: str, scheme: str) -> None:
+    opened(postgres)
+    spelled = f"{scheme}://{postgres.partition('://')[2]}"
+    assert load_study(spelled, "shared").facts == opened(spelled).facts
+
+
+def unreachable(postgres: str) -> dict[str, str]:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    password = postgres.partition("@")[0].rpartition(":")[2]
+    server = postgres.rpartition("/")[0]
+    return {
+        "refused": f"{server.rpartition(':')[0]}:{port}/x",
+        "no database": f"{server}/no_such_database",
+        "password": postgres.replace(password, "s3cret"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("refused", "Connection refused"),
+        ("no database", 'database "no_such_database" does not exist'),
+        ("password", "password authentication failed"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_said_at_once(postgres: str, why: str, said: str) -> None:
+    url = unreachable(postgres)[why]
+    with pytest.raises(UserError) as caught:
+        load_study(url, "shared")
+    text = str(caught.value)
+    assert text.startswith("the database postgresql+psycopg://nasattn:***@127.0.0.1:")
+    assert said in text
+    assert "\n" not in text
+    assert url.partition("@")[0].rpartition(":")[2] not in text
+
+
+def test_the_command_line_says_it_in_one_line(
+    postgres: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = unreachable(postgres)["refused"]
+    monkeypatch.setattr(sys, "argv", ["nasattn", "status", "--storage", url, "--study", "shared"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("nasattn: the database postgresql+psycopg://nasattn:***@")
+    assert printed.err.count("\n") == 1

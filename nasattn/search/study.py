@@ -14,18 +14,16 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import Engine
 
 from nasattn import __version__
 from nasattn.architecture import Architecture
-from nasattn.config import Experiment, Limit, differences, storage_url
+from nasattn.config import Experiment, Limit, differences
 from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
+from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
 from nasattn.search.lease import workers
-from nasattn.search.rows import Database
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
@@ -44,7 +42,6 @@ STATES: Mapping[TrialState, State] = {
 # What may change between two runs of one study: neither decides what is proposed or how it is
 # judged.
 FREE = ("search.trials", "search.workers", "storage")
-BUSY = 20  # seconds for which sqlite waits for another process's transaction
 
 
 class Study:
@@ -280,7 +277,7 @@ def finished(trials: Sequence[Trial]) -> int:
 
 def load_study(storage: str, name: str) -> Study:
     """A study from its database; a UserError when either is not there."""
-    storage = _checked_url(storage)
+    storage = checked_url(storage)
     path = sqlite_path(storage)
     if path and not path.exists():
         raise UserError(f"there is no database {shown(storage)}")
@@ -301,20 +298,18 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
-    storage = _checked_url(experiment.storage)
+    storage = checked_url(experiment.storage)
     path = sqlite_path(storage)
     if path:
         make_folder(path.parent)
-    database = connect(storage)
-    if experiment.study not in [s.study_name for s in database.get_all_studies()]:
-        up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-        directions = [up if o == "accuracy" else down for o in experiment.objectives]
-        created = optuna.create_study(
-            study_name=experiment.study, storage=database, directions=directions
-        )
-        stored = {"version": __version__, "experiment": experiment.as_dict(), **facts}
-        created.set_user_attr(FACTS, stored)
-    study = optuna.load_study(study_name=experiment.study, storage=database, sampler=sampler)
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    directions = [up if o == "accuracy" else down for o in experiment.objectives]
+    study = find_or_create(connect(storage), experiment.study, directions, sampler)
+    # Another process may have created it a moment ago, or died before its facts were stored.
+    adopted = study.directions == directions and not study.get_trials(deepcopy=False)
+    if FACTS not in study.user_attrs and adopted:
+        kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
+        study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
     opened = Study(study, storage)
     _refuse_edits(opened, experiment)
     return opened
@@ -332,54 +327,6 @@ def _refuse_edits(study: Study, experiment: Experiment) -> None:
             + "\n".join(f"  {line}" for line in edits)
             + "\nUndo the edits to go on with it, or give the experiment another `study:` name."
         )
-
-
-def connect(storage: str) -> RDBStorage:
-    """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sqlite = storage.startswith("sqlite")
-    options = {"connect_args": {"timeout": BUSY}} if sqlite else {"pool_pre_ping": True}
-    try:
-        database = Database(storage, engine_kwargs=options)
-        if sqlite:
-            event.listen(database.engine, "connect", _write_ahead)
-            database.engine.dispose()
-            database.get_all_studies()
-    except (SQLAlchemyError, RuntimeError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
-        raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
-    except ImportError as error:
-        raise UserError(
-            f"the database {shown(storage)} needs a driver: {error}; "
-            "for PostgreSQL: pip install 'nasattn[cluster]'"
-        ) from None
-    return database
-
-
-def _write_ahead(connection: Any, record: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY * 1000}"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _checked_url(storage: str) -> str:
-    try:
-        url = storage_url(storage)
-        make_url(url)
-    except (ValueError, ArgumentError) as error:
-        raise UserError(f"storage: {error}") from None
-    return url
-
-
-def sqlite_path(storage: str) -> Path | None:
-    """The file of a sqlite URL; None for other databases and for sqlite in memory."""
-    url = make_url(storage)
-    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
-    return Path(str(url.database)) if in_file else None
-
-
-def shown(storage: str) -> str:
-    """The URL without its password."""
-    return make_url(storage).render_as_string(hide_password=True)
 
 
 def make_folder(folder: Path) -> None:

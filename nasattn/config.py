@@ -237,7 +237,7 @@ class Search(Strict):
     on, rounded, down to one epoch).
     """
 
-    sampler: Literal["frontier", "tpe", "nsga2", "random"] = "tpe"
+    sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
     trials: Positive = 40
     seed: Natural = 0
     workers: Annotated[Int, Field(ge=1, le=1)] = 1

@@ -46,6 +46,8 @@ STALE = 60.0  # seconds without one after which a worker counts as dead
 BLIND = 15.0  # seconds without a look after which an observer begins anew: it was cut off itself
 PAUSES = 0.002, 0.05  # seconds between two tries for the turn, the first and the longest
 
+PARENT = "NASATTN_PARENT"  # the variable with the pid of the process that started this one
+
 WORKER, TURN, BACKBONE = "worker:", "turn", "backbone"
 
 TABLE = Table(
@@ -159,7 +161,7 @@ class Leases:
         return owner != self.me and self.watch.dead(table.get(WORKER + owner))
 
     def holds(self, name: str) -> bool:
-        """Whether a lease is still this worker's: one that stood still too long may have lost it."""
+        """Whether a lease is still this worker's: one that stood still for long may have lost it."""
         with self.engine.connect() as connection:
             where = self._of(name=name)
             return connection.scalar(select(TABLE.c.owner).where(where)) == self.me

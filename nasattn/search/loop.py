@@ -203,7 +203,7 @@ class Search:
         return Score.from_dict(json.loads(facts["score"])) if same else None
 
     def _have_backbone(self) -> None:
-        """With a warm start: the backbone's weights, trained by one worker while the others wait."""
+        """With a warm start: the backbone's weights, which one worker trains while others wait."""
         waits = False
         while self.experiment.training.warm_start and not self.evaluator.stored:
             if patiently(lambda: self.leases.acquire(BACKBONE), self.display.note):

@@ -1,5 +1,6 @@
 """What to do when the ground goes: a database that does not answer is asked again for a while, a
-full disk ends the work at once. Either way the search stops with one message and nothing is lost."""
+full disk ends the work at once. Either way the search stops with one message, and nothing is lost.
+"""
 
 import errno
 import random
@@ -64,7 +65,7 @@ def gone(error: BaseException) -> bool:
 
 
 def full(error: BaseException) -> bool:
-    """Whether the error means that a disk is full: one of the system's, sqlite's or safetensors'."""
+    """Whether the error means that a disk is full: the system's, sqlite's or safetensors' own."""
     texts = ("No space left on device", "disk is full", "Disk quota exceeded")
     return any(
         (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT))

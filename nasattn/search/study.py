@@ -70,7 +70,7 @@ class Study:
         return self.read(self.rows())
 
     def rows(self) -> list[FrozenTrial]:
-        """Optuna's row of each slot, in order; the latest of a trial that was stopped and promoted."""
+        """Optuna's row of each slot, in order; the latest of a trial that was promoted."""
         latest = {
             row.user_attrs[FACTS]["slot"]: row
             for row in self.optuna.get_trials(deepcopy=False)

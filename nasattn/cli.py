@@ -88,26 +88,28 @@ def status(
     experiment: ExperimentFile = None,
     storage: Storage = None,
     study: StudyName = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until it is complete.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print how far a study is, what runs and what failed."""
-    found = _study(experiment, storage, study)
-    summary = found.summary()
+    """Print how far a study is, what each worker does, and what failed and why."""
+    from nasattn.search.display import Display
+    from nasattn.search.watch import Follower
+    from nasattn.search.watch import watch as follow
+
+    found, console = _study(experiment, storage, study), _console()
+    if as_json and watch:
+        raise UserError("--watch is for people; --json prints the state once")
     if as_json:
-        _json(summary)
-        return
-    console = _console()
-    if final := summary.pop("final"):
-        summary["final"] = f"{final['done']} of {final['evaluations']} evaluations"
-    for key, value in summary.items():
-        if key != "failures":
-            console.print(f"{key:>12}  {value}", markup=False, highlight=False)
-    for failure in summary["failures"]:
-        console.print(
-            f"  trial {failure['number']} failed: {failure['reason']}",
-            markup=False,
-            highlight=False,
-        )
+        _json(found.summary())
+    elif watch:
+        follow(found, Display(console), interval)
+    elif console.is_terminal:
+        display = Display(console)
+        Follower(found, display).look()
+        console.print(display.panel())
+    else:
+        _print_summary(found.summary())
 
 
 @app.command()
@@ -297,6 +299,18 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
     if storage is None or name is None:
         raise UserError("which study? Give EXPERIMENT.yaml, or both --storage URL and --study NAME")
     return load_study(storage, name)
+
+
+def _print_summary(summary: "dict[str, Any]") -> None:
+    """A line for each, whole: for files and pipes."""
+    if final := summary["final"]:
+        done = f"{final['done']} of {final['evaluations']} evaluations"
+        summary = summary | {"final": done}
+    for key, value in summary.items():
+        if key != "failures":
+            print(f"{key:>12}  {value}")
+    for failure in summary["failures"]:
+        print(f"  trial {failure['number']} failed: {failure['reason']}")
 
 
 def _print_costs(rows: "list[dict[str, Any]]", total: "dict[str, Any]") -> None:

@@ -15,6 +15,10 @@ class TrialFailed(Exception):
     """One evaluation cannot give a score; the message is the reason that is recorded."""
 
 
+class Stopped(Exception):
+    """The work cannot go on for now, and nothing is lost: the message says why. Exit code 1."""
+
+
 def reason(error: Exception) -> str:
     """What is recorded of an evaluation that failed: a known reason, or the error with its type."""
     return str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"

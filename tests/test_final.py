@@ -9,6 +9,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -480,6 +481,19 @@ def test_kills_change_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
     assert figures(torn) == figures(whole)
 
 
+def test_two_workers_share_the_work(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write()
+    run(write(final=None))
+    trained = Trainings(monkeypatch)
+    write()
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, (path, path))
+    final = one.final()
+    assert final is not None and final == other.final()
+    assert final["done"] == final["evaluations"] == trained.tests, "each once"
+    assert len(trained.fits) == final["evaluations"] + 2, "and a backbone a seed"
+
+
 def test_an_extended_search_keeps_what_was_evaluated(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,9 +585,9 @@ def test_real_trainings_touch_the_test_split_once_each(
     """Also: a figure is what the same training gives by hand, from that seed's own backbone."""
     loader, asked = Data.loader, []
 
-    def spied(data: Data, split: Any, batch_size: int, seed: int) -> Any:
+    def spied(data: Data, split: Any, *rest: Any, **options: Any) -> Any:
         asked.append(split)
-        return loader(data, split, batch_size, seed)
+        return loader(data, split, *rest, **options)
 
     monkeypatch.setattr(Data, "loader", spied)
     space = SPACE | {"blocks": {"gcnet": {"ratio": [0.5]}}, "max_blocks": 1}

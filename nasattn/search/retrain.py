@@ -1,6 +1,9 @@
 """Trains the final frontier anew. An evaluation is in the database as soon as it is done."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from shutil import rmtree
 
 from nasattn.config import Experiment
 from nasattn.cost import measure
@@ -10,36 +13,47 @@ from nasattn.evaluate.candidate import Evaluator, score_test
 from nasattn.record import Cost
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
+from nasattn.search.lease import BACKBONE, Leases
+from nasattn.search.outage import full, full_disk, patiently
 from nasattn.search.study import Study
 from nasattn.seed import derive
 
+Job = tuple[Contender, int]  # and its seed
+
+WAIT = 0.5  # seconds between two looks at what the other workers do
+
 
 class Retraining:
-    """One process's work on a study's `final`: what is not in the database yet, seed by seed, so
-    that a comparison within a seed is whole as early as can be."""
+    """One worker's part in a study's `final`: what is not in the database yet and nobody else is
+    at, seed by seed, so that a comparison within a seed is whole as early as can be."""
 
-    def __init__(self, study: Study, data: Data, display: Display) -> None:
-        self.study, self.data, self.display = study, data, display
+    def __init__(self, study: Study, data: Data, display: Display, leases: Leases) -> None:
+        self.study, self.data, self.display, self.leases = study, data, display, leases
         self.experiment: Experiment = study.config
         trials = study.trials
         self.planned = contenders(trials, study.frontier(trials))
         seeds = self.experiment.final.seeds if self.experiment.final else 0
-        self.evaluators = [evaluator_of(study, data, seed) for seed in range(seeds)]
+        self.evaluators = [evaluator_of(study, data, s, display.note) for s in range(seeds)]
 
     def run(self) -> None:
-        """Evaluate until nothing is left."""
+        """Evaluate until nothing is left, here or at another worker."""
         if self.experiment.final is None or not self._left():
             return
         if self.display.study is None:
             self.display.begin(self.study, len(self.study.trials))
         self._announce()
-        for seed in range(self.experiment.final.seeds):
-            if todo := [c for c, s in self._left() if s == seed]:
-                self._train_seed(seed, todo)
+        waits = False
+        while left := self._left():
+            if job := self._claim(left):
+                self._evaluate(*job)
+            elif not waits:
+                self._start("waiting for what other workers evaluate")
+            waits = job is None
+            time.sleep(WAIT * waits)
         self.study.write_final()
 
-    def _left(self) -> list[tuple[Contender, int]]:
-        final, stored = self.experiment.final, evaluations(self.study.optuna.user_attrs)
+    def _left(self) -> list[Job]:
+        final, stored = self.experiment.final, self._stored()
         assert final is not None
         return [
             (contender, seed)
@@ -49,43 +63,83 @@ class Retraining:
             or not known.done(final.test)
         ]
 
-    def _train_seed(self, seed: int, todo: Sequence[Contender]) -> None:
-        evaluator = self.evaluators[seed]
+    def _stored(self) -> dict[tuple[str, int], Evaluation]:
+        attributes = patiently(lambda: self.study.optuna.user_attrs, self.display.note)
+        return evaluations(attributes)
+
+    def _claim(self, left: Sequence[Job]) -> Job | None:
+        """The first that is free, now this worker's; None when others are at all of them."""
+        for seed in dict.fromkeys(seed for _, seed in left):
+            if not self._have_backbone(seed, [c for c, s in left if s == seed]):
+                continue
+            for job in (job for job in left if job[1] == seed):
+                if self._acquire(_lease(*job)):
+                    if job in self._left():
+                        return job
+                    self._release(_lease(*job))
+        return None
+
+    def _have_backbone(self, seed: int, todo: Sequence[Contender]) -> bool:
+        """Whether the seed's evaluations can start: its backbone is trained by one worker, first.
+        When it cannot be trained, none of them can be."""
+        evaluator, name = self.evaluators[seed], f"{FINAL}:{BACKBONE}:{seed}"
+        if not self.experiment.training.warm_start or evaluator.stored:
+            return True
+        if not self._acquire(name):
+            return False
         try:
-            if self.experiment.training.warm_start and not evaluator.stored:
-                self.display.start(f"final, seed {seed}: training the plain backbone anew")
-            evaluator.prepare(self.display.tick)
+            if not evaluator.stored:
+                self._start(f"final, seed {seed}: training the plain backbone anew")
+            evaluator.prepare(self._tick)
         except TrialFailed as error:
             for contender in todo:
-                failed = f"the plain backbone could not be trained: {error}"
-                self._store(_blank(contender, seed, failed))
-            return
-        for contender in todo:
-            self.display.start(f"final, seed {seed}: {_name(contender)}")
-            self._store(self._evaluate(evaluator, contender, seed))
+                why = f"the plain backbone could not be trained: {error}"
+                self._store(_blank(contender, seed, why))
+        finally:
+            self._release(name)
+        return evaluator.stored
 
-    def _evaluate(self, evaluator: Evaluator, contender: Contender, seed: int) -> Evaluation:
-        final, architecture = self.experiment.final, contender.architecture
-        assert final is not None
+    def _evaluate(self, contender: Contender, seed: int) -> None:
+        """Train and score one, as far as a process that died had not come, and store the end."""
+        evaluator, architecture = self.evaluators[seed], contender.architecture
+        files = evaluator.folder / "checkpoints" / architecture.key
         try:
+            evaluator.prepare(self._tick)
+            self._start(f"final, seed {seed}: {_name(contender)}")
             cost = contender.trial.cost if contender.trial else measure(architecture)
-            score, weights = evaluator(architecture, self.display.tick)
-            test = None
-            if final.test:
+            score, weights = evaluator(architecture, self._tick, checkpoints=files)
+            final, test = self.experiment.final, None
+            if final and final.test:
                 test = score_test(architecture, weights, evaluator.experiment, self.data)
         except Exception as error:
-            return _blank(contender, seed, reason(error))
-        return Evaluation(
-            seed=seed,
-            architecture=architecture,
-            cost=cost,
-            val=score.accuracy,
-            test=test,
-            seconds=score.seconds,
-        )
+            if full(error):
+                raise full_disk(error) from error
+            self._store(_blank(contender, seed, reason(error)))
+        else:
+            done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
+            self._store(replace(done, val=score.accuracy, test=test))
+        rmtree(files, ignore_errors=True)
+        self._release(_lease(contender, seed))
+
+    def _acquire(self, name: str) -> bool:
+        return patiently(lambda: self.leases.acquire(name), self.display.note)
+
+    def _release(self, name: str) -> None:
+        patiently(lambda: self.leases.release(name), self.display.note)
+
+    def _start(self, task: str) -> None:
+        self.display.start(task)
+        self.leases.doing = {"task": task}
+
+    def _tick(self, share: float, accuracy: float | None) -> None:
+        self.display.tick(share, accuracy)
+        self.leases.doing |= {"share": round(share, 3), "accuracy": accuracy}
 
     def _store(self, evaluation: Evaluation) -> None:
-        self.study.optuna.set_user_attr(evaluation.name, evaluation.as_dict())
+        value = evaluation.as_dict()
+        patiently(
+            lambda: self.study.optuna.set_user_attr(evaluation.name, value), self.display.note
+        )
         figures = {"test": evaluation.test, "val": evaluation.val}
         shown = [f"{split} {value:.4f}" for split, value in figures.items() if value is not None]
         seconds, _ = self._ahead()
@@ -109,9 +163,9 @@ class Retraining:
 
     def _ahead(self) -> tuple[float, int]:
         """Seconds and plain backbones still to train, by what an epoch took so far."""
-        stored = evaluations(self.study.optuna.user_attrs).values()
+        stored = self._stored().values()
         scores = [t.score for t in self.study.trials if t.score]
-        schedule = full(self.experiment).training
+        schedule = in_full(self.experiment).training
         spent = [(e.seconds, schedule.epochs) for e in stored if not e.reason]
         spent = spent or [(s.seconds, s.epochs) for s in scores]
         epoch = sum(s for s, _ in spent) / max(1, sum(n for _, n in spent))
@@ -123,7 +177,7 @@ class Retraining:
         return epoch * epochs, backbones
 
 
-def full(experiment: Experiment) -> Experiment:
+def in_full(experiment: Experiment) -> Experiment:
     """The experiment with one training an evaluation, by the full schedule: the candidates' own
     from the plain backbone, without a warm start `pretrain`'s."""
     training = experiment.training
@@ -132,14 +186,18 @@ def full(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=update)
 
 
-def evaluator_of(study: Study, data: Data, seed: int) -> Evaluator:
+def evaluator_of(study: Study, data: Data, seed: int, note: Callable[[str], None]) -> Evaluator:
     """That of one seed of the `final`: with a plain backbone of its own, and its own seeds."""
-    experiment = full(study.config)
+    experiment = in_full(study.config)
     search = experiment.search
     own = search.model_copy(update={"seed": derive(search.seed, FINAL, seed)})
     plain = next(t.architecture for t in study.trials if t.baseline)
     folder = study.folder / FINAL / f"seed{seed}"
-    return Evaluator(experiment.model_copy(update={"search": own}), data, plain, folder)
+    return Evaluator(experiment.model_copy(update={"search": own}), data, plain, folder, note)
+
+
+def _lease(contender: Contender, seed: int) -> str:
+    return f"{FINAL}:{contender.architecture.key}:{seed}"
 
 
 def _blank(contender: Contender, seed: int, why: str) -> Evaluation:

@@ -154,6 +154,35 @@ def export(
 
 
 @app.command()
+def gc(
+    experiment: ExperimentFile = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    max_gb: Annotated[
+        float | None, typer.Option(min=0, help="Largest size of what is kept.", metavar="X")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove weights and checkpoints that are not the frontier's, the baseline's or resumable."""
+    from nasattn.search.gc import GB, collect, size_text
+
+    found = _study(experiment, storage, study)
+    limit = None if max_gb is None else max_gb * GB
+    done = collect(found, limit=limit, dry_run=dry_run)
+    for item in done.dropped:
+        print(f"{item.path.relative_to(found.folder)}  {size_text(item.bytes)}  {item.why}")
+    verb = "would free" if dry_run else "freed"
+    print(f"{verb} {size_text(done.freed)}; {size_text(done.left)} are kept in {found.folder}")
+    if limit is not None and done.left > limit:
+        print(
+            f"nasattn: --max-gb: got {max_gb:g}; the frontier, the baseline and what is not "
+            f"finished need {done.left / GB:.3g}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     architecture: Annotated[Path, typer.Argument(metavar="ARCHITECTURE.yaml")],
     experiment: Annotated[Path, typer.Option(help="Data and schedule.", metavar="E.yaml")],

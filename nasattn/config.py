@@ -240,7 +240,7 @@ class Search(Strict):
     sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
     trials: Positive = 40
     seed: Natural = 0
-    workers: Annotated[Int, Field(ge=1, le=1)] = 1
+    workers: Positive = 1
     population: Annotated[Int, Field(ge=2)] | None = None
     stopping: Literal["none", "pareto_halving"] = "none"
     eta: Annotated[Float, Field(gt=1)] = 3.0

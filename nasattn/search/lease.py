@@ -161,7 +161,7 @@ class Leases:
         return owner != self.me and self.watch.dead(table.get(WORKER + owner))
 
     def holds(self, name: str) -> bool:
-        """Whether a lease is still this worker's: one that stood still for long may have lost it."""
+        """Whether a lease is still this worker's: who stood still for long may have lost it."""
         with self.engine.connect() as connection:
             where = self._of(name=name)
             return connection.scalar(select(TABLE.c.owner).where(where)) == self.me

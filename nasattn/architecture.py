@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +52,7 @@ class Placement:
         object.__setattr__(self, "options", tuple(sorted(values.items())))
 
     @classmethod
+    @lru_cache(4096)
     def parse(cls, site: str, spec: str) -> "Placement":
         """From a spec such as `lightnl(ratio=0.25,stride=2)`; what is left out is the default."""
         match = SPEC.fullmatch(spec)
@@ -97,6 +98,11 @@ class Backbone:
         """From `{name: ..., option: ...}`."""
         options: dict[str, Any] = {k: read_whole(v) for k, v in fields.items() if k != "name"}
         return cls(name=str(fields.get("name", "")), options=tuple(options.items()))
+
+    @classmethod
+    @lru_cache(256)
+    def from_json(cls, text: str) -> "Backbone":
+        return cls.of(json.loads(text))
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name} | {
@@ -168,6 +174,16 @@ class Architecture:
             classes=file.classes,
             input=file.input,
             placements=_parsed(file.placements),
+        )
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Architecture":
+        """From what `as_dict` made, in a database of thousands: each part is checked once."""
+        return cls(
+            backbone=Backbone.from_json(json.dumps(fields["backbone"])),
+            classes=fields["classes"],
+            input=tuple(fields["input"]),
+            placements=_parsed(fields["placements"]),
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasattn.errors import TrialFailed, UserError
+from nasattn.errors import Stopped, TrialFailed, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +41,7 @@ Trials = Annotated[
     int | None,
     typer.Option(min=1, help="Finished trials in the whole study, the baseline counted."),
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that train, on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 
 
@@ -49,22 +50,25 @@ def search(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
     trials: Trials = None,
     storage: Storage = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
+    workers: Workers = None,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
-    _search(_experiment(experiment, storage, workers), trials)
+    _search(_experiment(experiment, storage), trials, workers)
 
 
 @app.command()
 def resume(
-    storage: Annotated[str, typer.Option(help="Database URL.", metavar="URL")],
+    storage: Annotated[
+        str, typer.Option(envvar="NASATTN_STORAGE", help="Database URL.", metavar="URL")
+    ],
     study: Annotated[str, typer.Option(help="The study's name.", metavar="NAME")],
     trials: Trials = None,
+    workers: Workers = None,
 ) -> None:
     """Go on with a study from its database alone: the experiment is stored in it."""
     from nasattn.search.study import load_study
 
-    _search(load_study(storage, study).config, trials)
+    _search(load_study(storage, study).config, trials, workers)
 
 
 @app.command()
@@ -77,9 +81,10 @@ def pareto(
     """Print the Pareto frontier, the plain backbone first."""
     found = _study(experiment, storage, study)
     if as_json:
-        _json([t.as_dict() for t in found.frontier()])
+        _json(found.frontier_rows())
     else:
         _print_frontier(found)
+        _print_final(found)
 
 
 @app.command()
@@ -87,24 +92,28 @@ def status(
     experiment: ExperimentFile = None,
     storage: Storage = None,
     study: StudyName = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until it is complete.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print how far a study is, what runs and what failed."""
-    found = _study(experiment, storage, study)
-    summary = found.summary()
+    """Print how far a study is, what each worker does, and what failed and why."""
+    from nasattn.search.display import Display
+    from nasattn.search.watch import Follower
+    from nasattn.search.watch import watch as follow
+
+    found, console = _study(experiment, storage, study), _console()
+    if as_json and watch:
+        raise UserError("--watch is for people; --json prints the state once")
     if as_json:
-        _json(summary)
-        return
-    console = _console()
-    for key, value in summary.items():
-        if key != "failures":
-            console.print(f"{key:>12}  {value}", markup=False, highlight=False)
-    for failure in summary["failures"]:
-        console.print(
-            f"  trial {failure['number']} failed: {failure['reason']}",
-            markup=False,
-            highlight=False,
-        )
+        _json(found.summary())
+    elif watch:
+        follow(found, Display(console), interval)
+    elif console.is_terminal:
+        display = Display(console)
+        Follower(found, display).look()
+        console.print(display.panel())
+    else:
+        _print_summary(found.summary())
 
 
 @app.command()
@@ -146,6 +155,35 @@ def export(
     except ExportRefused as error:
         print(f"nasattn: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def gc(
+    experiment: ExperimentFile = None,
+    storage: Storage = None,
+    study: StudyName = None,
+    max_gb: Annotated[
+        float | None, typer.Option(min=0, help="Largest size of what is kept.", metavar="X")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove weights and checkpoints that are not the frontier's, the baseline's or resumable."""
+    from nasattn.search.gc import GB, collect, size_text
+
+    found = _study(experiment, storage, study)
+    limit = None if max_gb is None else max_gb * GB
+    done = collect(found, limit=limit, dry_run=dry_run)
+    for item in done.dropped:
+        print(f"{item.path.relative_to(found.folder)}  {size_text(item.bytes)}  {item.why}")
+    verb = "would free" if dry_run else "freed"
+    print(f"{verb} {size_text(done.freed)}; {size_text(done.left)} are kept in {found.folder}")
+    if limit is not None and done.left > limit:
+        print(
+            f"nasattn: --max-gb: got {max_gb:g}; the frontier, the baseline and what is not "
+            f"finished need {done.left / GB:.3g}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -252,28 +290,32 @@ def blocks(
         _print_blocks(rows)
 
 
-def _search(experiment: "Experiment", trials: int | None) -> None:
+def _search(experiment: "Experiment", trials: int | None, workers: int | None) -> None:
     from nasattn.search.display import Display
     from nasattn.search.loop import Search
+    from nasattn.search.workers import search_with
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    found = Search(experiment, Display(_console()))
+    total, count = trials or experiment.search.trials, workers or experiment.search.workers
+    display = Display(_console())
     try:
-        study = found.run(trials or experiment.search.trials)
+        if count > 1:
+            study = search_with(experiment, total, count, display)
+        else:
+            study = Search(experiment, display).run(total)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
     _print_frontier(study)
+    _print_final(study)
     print(f"files: {study.folder}")
     print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
 
 
-def _experiment(path: Path, storage: str | None = None, workers: int | None = None) -> "Experiment":
+def _experiment(path: Path, storage: str | None = None) -> "Experiment":
     from nasattn.config import Experiment, storage_url
 
     experiment = Experiment.load(path)
-    if workers not in (None, 1):
-        raise UserError(f"--workers: got {workers}; allowed for now: 1")
     if storage is not None:
         try:
             experiment = experiment.model_copy(update={"storage": storage_url(storage)})
@@ -293,6 +335,18 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
     if storage is None or name is None:
         raise UserError("which study? Give EXPERIMENT.yaml, or both --storage URL and --study NAME")
     return load_study(storage, name)
+
+
+def _print_summary(summary: "dict[str, Any]") -> None:
+    """A line for each, whole: for files and pipes."""
+    if final := summary["final"]:
+        done = f"{final['done']} of {final['evaluations']} evaluations"
+        summary = summary | {"final": done}
+    for key, value in summary.items():
+        if key != "failures":
+            print(f"{key:>12}  {value}")
+    for failure in summary["failures"]:
+        print(f"  trial {failure['number']} failed: {failure['reason']}")
 
 
 def _print_costs(rows: "list[dict[str, Any]]", total: "dict[str, Any]") -> None:
@@ -338,6 +392,25 @@ def _print_frontier(study: "Study") -> None:
     _console().print(table)
     if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
         print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
+
+
+def _print_final(study: "Study") -> None:
+    from rich.table import Table
+
+    from nasattn.search import final_text
+
+    final = study.final()
+    if not final or not final["done"]:
+        return
+    head, *rows = final_text.table(final)
+    shown = Table(box=None, title=final_text.title(study.name, final), title_justify="left")
+    for column in head:
+        shown.add_column(column, justify="left" if column == "blocks" else "right")
+    for row in rows:
+        shown.add_row(*row)
+    _console().print("", shown, markup=False)
+    for line in final_text.notes(final):
+        print(line)
 
 
 def _print_blocks(rows: list[dict[str, Any]]) -> None:
@@ -413,6 +486,10 @@ def main() -> None:
     except UserError as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(2)
-    except TrialFailed as error:
+    except (TrialFailed, Stopped) as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

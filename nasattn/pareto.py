@@ -26,11 +26,14 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     Equal points do not dominate each other, so duplicates of a non-dominated point all stay.
     """
     array = _points(points)
-    mask = np.ones(len(array), dtype=bool)
-    for i, point in enumerate(array):
-        # A dominated point still dominates nothing that its own dominator does not.
-        rivals = array[mask]
-        mask[i] = not np.any(np.all(rivals <= point, axis=1) & np.any(rivals < point, axis=1))
+    mask = np.zeros(len(array), dtype=bool)
+    left = np.lexsort(array.T[::-1])
+    while len(left):
+        # The first of what no member dominates, axis by axis, is dominated by nothing.
+        member = array[left[0]]
+        mask[left[0]] = True
+        rivals = array[left]
+        left = left[~np.all(rivals >= member, axis=1) | np.all(rivals == member, axis=1)][1:]
     return mask
 
 

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors", "seed"},
     {"catalog", "document"},
     {"architecture", "chain", "pareto"},
-    {"config", "record"},
+    {"config", "record", "uncertainty"},
     {"skeleton"},
     {"blocks"},
     {"backbones"},

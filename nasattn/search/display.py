@@ -1,11 +1,12 @@
 """What a person sees while a search runs: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -14,12 +15,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from nasattn.record import Trial
 from nasattn.search.study import Study, accuracy, finished
+
+BARS = "▁▂▃▄▅▆▇█"
+FAILURES = 4  # that the panel names
 
 
 def duration(seconds: float) -> str:
@@ -33,6 +36,23 @@ def duration(seconds: float) -> str:
 def placed(specs: dict[str, str]) -> str:
     """An architecture's blocks on one line."""
     return ", ".join(f"{spec} @ {site}" for site, spec in specs.items()) or "plain backbone"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A row of bars from the least to the largest value."""
+    low, top = min(values, default=0.0), max(values, default=0.0)
+    scale = (len(BARS) - 1) / (top - low) if top > low else 0.0
+    return "".join(BARS[round((v - low) * scale)] for v in values)
+
+
+def bar(share: float, width: int) -> Text:
+    full = round(width * min(1.0, max(0.0, share)))
+    return Text("━" * full, style="green") + Text("━" * (width - full), style="grey37")
 
 
 @contextmanager
@@ -56,17 +76,29 @@ def progress(console: Console, text: str) -> Iterator[Callable[[float, float | N
         yield tick
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """What a process does. where: host and pid, empty for this process; share: of its task;
+    accuracy: the last one measured."""
+
+    task: str = ""
+    share: float = 0.0
+    accuracy: float | None = None
+    where: str = ""
+
+
 class Display:
-    """Shows one search. `note` says one thing; the rest follows the loop's events."""
+    """Shows one search, whichever the number of its workers. `note` says one thing; the rest
+    follows the loop's events, or what search.watch reads of other processes' work."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = Live(console=console, refresh_per_second=4, transient=True)
         self.total, self.study = 0, None  # type: tuple[int, Study | None]
         self.trials: list[Trial] = []
-        self.task, self.share, self.last = "", 0.0, None  # type: tuple[str, float, float | None]
-        self.refused, self.volume = 0, None  # type: tuple[int, float | None]
-        self.spent: list[float] = []
+        self.workers: Sequence[Worker] = ()
+        self.refused = 0
+        self.volumes: list[float] = []
         self._redrawn = 0.0
 
     def __enter__(self) -> "Display":
@@ -82,74 +114,145 @@ class Display:
     ) -> None:
         self.live.stop()
 
+    @property
+    def task(self) -> str:
+        """What this process does."""
+        return self.workers[0].task if self.workers else ""
+
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, study: Study, total: int) -> None:
-        self.study, self.total, self.trials = study, total, study.trials
-        self.spent = [t.score.seconds for t in self.trials if t.score]
+        self.study, self.total = study, total
+        self._take(study.trials)
         self._draw()
 
     def start(self, task: str) -> None:
         """A training begins."""
-        self.task, self.share, self.last = task, 0.0, None
+        self.workers = [Worker(task=task)]
         if not self.console.is_terminal:
             self.note(f"{task} ...")
         self._draw()
 
     def tick(self, share: float, accuracy: float | None) -> None:
         """A share of the running training is done."""
-        self.share, self.last = share, accuracy
+        self.workers = [Worker(task=self.task, share=share, accuracy=accuracy)]
         if time.monotonic() - self._redrawn > 0.2 or share >= 1:
             self._draw()
 
     def end(self, trial: Trial, trials: list[Trial], refused: int) -> None:
         """A trial has finished; `trials` are all of the study's."""
-        assert self.study is not None
-        self.trials, self.refused = trials, refused
-        self.volume = self.study.hypervolume(self.trials)
+        self.refused = refused
+        self._take(trials)
+        outcome = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
         if trial.score:
-            self.spent.append(trial.score.seconds)
             outcome = f"accuracy {accuracy(trial):.4f}"
-        else:
-            outcome = f"{trial.state}: {trial.reason}"
         self.note(
             f"trial {trial.number:>3}  {finished(self.trials)}/{self.total}  {outcome}  "
             f"macs {trial.cost.values['macs']:,}  {placed(trial.architecture.specs)}"
-            + ("" if self.console.is_terminal else f"  [{self._summary()}]")
+            + ("" if self.console.is_terminal else f"  [{self.summary()}]")
         )
         self._draw()
 
-    def _summary(self) -> str:
+    def show(self, workers: Sequence[Worker], trials: list[Trial], refused: int) -> None:
+        """How far the study is, and what all of its workers do."""
+        self.workers, self.refused = workers, refused
+        self._take(trials)
+        self._draw()
+
+    def summary(self) -> str:
+        """On one line."""
         scored = [accuracy(t) for t in self.trials if t.score]
         parts = [f"best {max(scored):.4f}" if scored else "best -"]
-        if self.volume is not None:
-            parts.append(f"hypervolume {self.volume:.4f}")
+        if self.volumes:
+            parts.append(f"hypervolume {self.volumes[-1]:.4f}")
         parts.append(f"{self.refused} refused over budget or max_blocks")
-        failed = sum(t.state == "failed" for t in self.trials)
-        if failed:
-            parts.append(f"{failed} failed")
-        left = self.total - finished(self.trials)
-        if self.spent:
-            mean = sum(self.spent) / len(self.spent)
-            parts.append(f"about {duration(max(0.0, left - self.share) * mean)} left")
+        for state in ("stopped", "failed"):
+            if count := sum(t.state == state for t in self.trials):
+                parts.append(f"{count} {state}")
+        if left := self._left():
+            parts.append(left)
         return ", ".join(parts)
+
+    def panel(self) -> RenderableType:
+        """On a dozen lines: how far the study is, what each worker does, what went wrong."""
+        assert self.study is not None
+        grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        grid.add_row("study", Text(self.study.name))
+        states = [t.state for t in self.trials]
+        counts = {s: states.count(s) for s in ("scored", "stopped", "failed", "running")}
+        done = finished(self.trials)
+        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        share = bar(done / max(1, self.total), 24)
+        grid.add_row("trials", Text.assemble(share, f"  {done}/{self.total}  {told}"))
+        self._add_results(grid)
+        if left := self._left():
+            grid.add_row("time", Text(left))
+        if self.refused:
+            grid.add_row("refused", Text(f"{self.refused:,} over budget or max_blocks"))
+        self._add_workers(grid)
+        self._add_troubles(grid)
+        return grid
+
+    def _add_results(self, grid: Table) -> None:
+        assert self.study is not None
+        front = self.study.frontier(self.trials)
+        if not front:
+            return
+        best, plain = front[-1], self.study.facts["plain"]
+        costs = ", ".join(
+            f"{m} {best.cost.values[m]:,.10g} ({best.cost.values[m] / plain[m]:.3f}x)"
+            for m in self.study.config.costs
+        )
+        told = (
+            f"{accuracy(best):.4f}  trial {best.number}  {costs}  {placed(best.architecture.specs)}"
+        )
+        grid.add_row("best", Text(told))
+        members = f"{len(front)} trial{'s' if len(front) > 1 else ''}"
+        if self.volumes:
+            members += f"  hypervolume {self.volumes[-1]:.4f}  {sparkline(self.volumes)}"
+        grid.add_row("frontier", Text(members))
+
+    def _add_workers(self, grid: Table) -> None:
+        """As many as there is room for."""
+        shown = self.workers[: max(1, self.console.height - 12 - FAILURES)]
+        for worker in shown:
+            done = f"{worker.share:>4.0%}" if worker.share else "    "
+            last = f"{worker.accuracy:.4f}" if worker.accuracy is not None else " " * 6
+            row = Text.assemble(
+                bar(worker.share, 10), f" {done}  {last}  {worker.task or 'starts'}"
+            )
+            grid.add_row(worker.where or "now", row)
+        if len(shown) < len(self.workers):
+            grid.add_row("", Text(f"... and {len(self.workers) - len(shown)} more workers"))
+
+    def _add_troubles(self, grid: Table) -> None:
+        """The latest failures, and the latest stop, with their reasons."""
+        failed = [t for t in self.trials if t.state == "failed"]
+        stopped = [t for t in self.trials if t.state == "stopped"]
+        for trial in stopped[-1:] + failed[-FAILURES:]:
+            told = f"trial {trial.number}: {trial.reason or 'no reason given'}"
+            style = "red" if trial.state == "failed" else "yellow"
+            grid.add_row(Text(trial.state, style=style), Text(told.replace("\n", " ")))
+        if len(failed) > FAILURES:
+            grid.add_row("", Text(f"... and {len(failed) - FAILURES} earlier failures"))
+
+    def _left(self) -> str:
+        """How long the rest may take, from the trainings so far; empty where nothing tells."""
+        left = self.total - finished(self.trials) - sum(w.share for w in self.workers)
+        spent = [t.score.seconds for t in self.trials if t.score]
+        if left <= 0 or not spent or not self.workers:
+            return ""
+        return f"about {duration(left * sum(spent) / len(spent) / len(self.workers))} left"
+
+    def _take(self, trials: list[Trial]) -> None:
+        assert self.study is not None
+        self.trials = trials
+        self.volumes = self.study.growth(trials)
 
     def _draw(self) -> None:
         self._redrawn = time.monotonic()
-        if not self.console.is_terminal or self.study is None:
-            return
-        done = finished(self.trials)
-        grid = Table.grid(padding=(0, 1))
-        grid.add_row(
-            "trials",
-            ProgressBar(total=max(1, self.total), completed=done, width=30),
-            f"{done}/{self.total}",
-        )
-        last = "" if self.last is None else f"accuracy {self.last:.4f}"
-        grid.add_row(
-            "now",
-            ProgressBar(total=1.0, completed=self.share, width=30),
-            Text(f"{self.task}  {last}"),
-        )
-        self.live.update(Group(grid, Text(self._summary())))
+        if self.console.is_terminal and self.study is not None:
+            self.live.update(self.panel())

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -13,21 +14,24 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import Engine
 
 from nasattn import __version__
 from nasattn.architecture import Architecture
-from nasattn.config import Experiment, Limit, differences, storage_url
+from nasattn.config import Experiment, Limit, differences
 from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
+from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
+from nasattn.search.final import evaluations, summarise
+from nasattn.search.lease import workers
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
-SCORE, REASON = "score", "reason"
+SCORE, PARTIAL, REASON = "score", "partial", "reason"
+# Of a row: written by a worker that had lost its right to the slot meanwhile.
+VOID = "void"
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -38,7 +42,7 @@ STATES: Mapping[TrialState, State] = {
 }
 # What may change between two runs of one study: neither decides what is proposed or how it is
 # judged.
-FREE = ("search.trials", "search.workers", "storage")
+FREE = ("search.trials", "search.workers", "storage", "final", "final.seeds", "final.test")
 
 
 class Study:
@@ -54,22 +58,39 @@ class Study:
         self.optuna = study
         self.name = study.study_name
         self.storage = storage
-        facts = study.user_attrs.get(FACTS)
-        if facts is None:
-            raise UserError(f"the study '{self.name}' in {shown(storage)} was not made by nasattn")
-        self.facts: Mapping[str, Any] = facts
-        stored = facts["experiment"] | {"storage": storage}
-        self.config = Experiment.from_dict(stored, f"study '{self.name}'")
         self._finished: dict[int, Trial] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read anew what the study was asked to do."""
+        facts = self.optuna.user_attrs.get(FACTS)
+        if facts is None:
+            raise UserError(
+                f"the study '{self.name}' in {shown(self.storage)} was not made by nasattn"
+            )
+        self.facts: Mapping[str, Any] = facts
+        stored = facts["experiment"] | {"storage": self.storage}
+        self.config = Experiment.from_dict(stored, f"study '{self.name}'")
 
     @property
     def trials(self) -> list[Trial]:
-        rows = [r for r in self.optuna.get_trials(deepcopy=False) if FACTS in r.user_attrs]
+        return self.read(self.rows())
+
+    def rows(self) -> list[FrozenTrial]:
+        """Optuna's row of each slot, in order; the latest of a trial that was promoted."""
+        latest = {
+            row.user_attrs[FACTS]["slot"]: row
+            for row in self.optuna.get_trials(deepcopy=False)
+            if FACTS in row.user_attrs and VOID not in row.user_attrs
+        }
+        return [latest[slot] for slot in sorted(latest)]
+
+    def read(self, rows: Sequence[FrozenTrial]) -> list[Trial]:
+        """The records of rows; a finished one is read once."""
         for row in rows:
             if row.state.is_finished() and row.number not in self._finished:
                 self._finished[row.number] = read_trial(row)
-        trials = [self._finished.get(row.number) or read_trial(row) for row in rows]
-        return sorted(trials, key=lambda t: t.number)
+        return [self._finished.get(row.number) or read_trial(row) for row in rows]
 
     @property
     def folder(self) -> Path:
@@ -84,9 +105,19 @@ class Study:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
             raise AssertionError("scores of different evaluators cannot share a frontier")
-        mask = non_dominated([self._point(t) for t in scored])
+        mask = non_dominated(self._points(scored))
         front = [trial for trial, keep in zip(scored, mask, strict=True) if keep]
         return sorted(front, key=lambda t: (accuracy(t), -t.number))
+
+    def frontier_rows(self) -> list[dict[str, Any]]:
+        """The frontier as `nasattn pareto --json` prints it. `final`: the row of `final`, with that
+        of its control under `se`; None where there is none."""
+        trials = self.trials
+        final = self.final(trials)
+        rows = {row["key"]: row for row in final["rows"]} if final else {}
+        again = {key: row | {"se": rows.get(row["control"])} for key, row in rows.items()}
+        front = self.frontier(trials)
+        return [t.as_dict() | {"final": again.get(t.architecture.key)} for t in front]
 
     def hypervolume(self, trials: Sequence[Trial] | None = None) -> float | None:
         """Share of the box between the baseline's accuracy and 1, and between the cheapest
@@ -104,15 +135,28 @@ class Study:
         for low, high in costs:
             box *= high - low
         reference = [-accuracy(baseline), *(high for _, high in costs)]
-        points = [self._point(t) for t in trials if t.score]
+        points = self._points([t for t in trials if t.score])
         return hypervolume(points, reference) / box if box > 0 else 0.0
+
+    def growth(self, trials: Sequence[Trial], parts: int = 24) -> list[float]:
+        """The hypervolume after each of so many equal parts of the scored trials."""
+        scored = [t for t in trials if t.score]
+        if not scored or not scored[0].baseline:
+            return []
+        parts = min(parts, len(scored))
+        ends = [len(scored) * (part + 1) // parts for part in range(parts)]
+        front, volumes = scored[:1], []
+        for start, end in itertools.pairwise([0, *ends]):
+            front = self.frontier([*front, *scored[max(1, start) : end]])
+            volumes.append(self.hypervolume([scored[0], *front]) or 0.0)
+        return volumes
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most."""
         front = self.frontier(trials)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial yet")
-        return front[knee([self._point(t) for t in front])]
+        return front[knee(self._points(front))]
 
     def select(self, choice: str) -> Trial:
         """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
@@ -134,6 +178,20 @@ class Study:
             f"--select: got '{choice}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
         )
 
+    def final(self, trials: Sequence[Trial] | None = None) -> dict[str, Any] | None:
+        """What the re-evaluation of the final frontier gave so far, as plain data; None where the
+        experiment does not ask for one.
+
+        `rows`: the baseline, the frontier, its controls (SE at the same sites) and what was
+        evaluated before it left the frontier. A row has for `val` and `test` the mean with its 95 %
+        interval and n; paired by seed the `gain` over the baseline and `over_control`; the `gap`
+        from the search's own accuracy down to it; and `membership`, the probability to be
+        non-dominated, once all is done.
+        """
+        trials = trials or self.trials
+        stored = evaluations(self.optuna.user_attrs)
+        return summarise(self.config, trials, self.frontier(trials), stored)
+
     def summary(self) -> dict[str, Any]:
         """How far the study is, as plain data."""
         trials = self.trials
@@ -148,13 +206,27 @@ class Study:
             "best": max(scored, default=None),
             "hypervolume": self.hypervolume(trials),
             "frontier": [t.number for t in self.frontier(trials)],
-            "lease": self.optuna.user_attrs.get("lease"),
+            "final": self.final(trials),
+            "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}
                 for t in trials
                 if t.state == "failed"
             ],
         }
+
+    def workers(self) -> list[dict[str, Any]]:
+        """What each live worker says of itself: host, pid, task, slot, share, accuracy, refused."""
+        found = workers(self.engine, self.name)
+        return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
+
+    @property
+    def engine(self) -> Engine:
+        """Of the database."""
+        storage = self.optuna._storage
+        backend = getattr(storage, "_backend", storage)  # Optuna wraps it in a cache
+        assert isinstance(backend, RDBStorage)
+        return backend.engine
 
     def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
         plain = self.facts["plain"]
@@ -173,8 +245,9 @@ class Study:
             )
         return fitting[-1]
 
-    def _point(self, trial: Trial) -> list[float]:
-        return [-accuracy(trial), *(float(trial.cost.values[m]) for m in self.config.costs)]
+    def _points(self, trials: Sequence[Trial]) -> list[list[float]]:
+        costs = self.config.costs
+        return [[-accuracy(t), *(t.cost.values[m] for m in costs)] for t in trials]
 
     def write_frontier(self, trials: Sequence[Trial] | None = None) -> None:
         """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside
@@ -192,6 +265,10 @@ class Study:
         for folder in (self.folder, self.folder.parent):
             replace_file(folder / "frontier.json", json.dumps(rows, indent=2) + "\n")
             replace_file(folder / "frontier.csv", text.getvalue())
+
+    def write_final(self) -> None:
+        """final.json in the study's folder: what `final` returns."""
+        replace_file(self.folder / "final.json", json.dumps(self.final(), indent=2) + "\n")
 
 
 def claim(slot: int, architecture: Architecture, cost: Cost) -> dict[str, Any]:
@@ -218,13 +295,15 @@ def read_trial(row: FrozenTrial) -> Trial:
     attrs = row.user_attrs
     state = STATES[row.state]
     score = Score.from_dict(attrs[SCORE]) if SCORE in attrs and state == "scored" else None
+    partial = Score.from_dict(attrs[PARTIAL]) if PARTIAL in attrs and score is None else None
     return Trial(
         number=attrs[FACTS]["slot"],
-        architecture=Architecture.from_dict(attrs[FACTS]["architecture"]),
+        architecture=Architecture.of(attrs[FACTS]["architecture"]),
         cost=Cost(**attrs[FACTS]["cost"]),
         score=score,
         state=state,
         reason=attrs.get(REASON, ""),
+        partial=partial,
     )
 
 
@@ -234,7 +313,7 @@ def finished(trials: Sequence[Trial]) -> int:
 
 def load_study(storage: str, name: str) -> Study:
     """A study from its database; a UserError when either is not there."""
-    storage = _checked_url(storage)
+    storage = checked_url(storage)
     path = sqlite_path(storage)
     if path and not path.exists():
         raise UserError(f"there is no database {shown(storage)}")
@@ -255,20 +334,18 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
-    storage = _checked_url(experiment.storage)
+    storage = checked_url(experiment.storage)
     path = sqlite_path(storage)
     if path:
         make_folder(path.parent)
-    database = connect(storage)
-    if experiment.study not in [s.study_name for s in database.get_all_studies()]:
-        up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-        directions = [up if o == "accuracy" else down for o in experiment.objectives]
-        created = optuna.create_study(
-            study_name=experiment.study, storage=database, directions=directions
-        )
-        stored = {"version": __version__, "experiment": experiment.as_dict(), **facts}
-        created.set_user_attr(FACTS, stored)
-    study = optuna.load_study(study_name=experiment.study, storage=database, sampler=sampler)
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    directions = [up if o == "accuracy" else down for o in experiment.objectives]
+    study = find_or_create(connect(storage), experiment.study, directions, sampler)
+    # Another process may have created it a moment ago, or died before its facts were stored.
+    adopted = study.directions == directions and not study.get_trials(deepcopy=False)
+    if FACTS not in study.user_attrs and adopted:
+        kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
+        study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
     opened = Study(study, storage)
     _refuse_edits(opened, experiment)
     return opened
@@ -286,54 +363,6 @@ def _refuse_edits(study: Study, experiment: Experiment) -> None:
             + "\n".join(f"  {line}" for line in edits)
             + "\nUndo the edits to go on with it, or give the experiment another `study:` name."
         )
-
-
-def connect(storage: str) -> RDBStorage:
-    """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sqlite = storage.startswith("sqlite")
-    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
-    try:
-        database = RDBStorage(storage, engine_kwargs=options)
-        if sqlite:
-            event.listen(database.engine, "connect", _write_ahead)
-            database.engine.dispose()
-            database.get_all_studies()
-    except (SQLAlchemyError, RuntimeError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
-        raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
-    except ImportError as error:
-        raise UserError(
-            f"the database {shown(storage)} needs a driver: {error}; "
-            "for PostgreSQL: pip install 'nasattn[cluster]'"
-        ) from None
-    return database
-
-
-def _write_ahead(connection: Any, record: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _checked_url(storage: str) -> str:
-    try:
-        url = storage_url(storage)
-        make_url(url)
-    except (ValueError, ArgumentError) as error:
-        raise UserError(f"storage: {error}") from None
-    return url
-
-
-def sqlite_path(storage: str) -> Path | None:
-    """The file of a sqlite URL; None for other databases and for sqlite in memory."""
-    url = make_url(storage)
-    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
-    return Path(str(url.database)) if in_file else None
-
-
-def shown(storage: str) -> str:
-    """The URL without its password."""
-    return make_url(storage).render_as_string(hide_password=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Pictures of a study, drawn from its records: the frontier, and which block did well where."""
 
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,40 +8,33 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nasattn.architecture import NONE
 from nasattn.errors import UserError
 from nasattn.pareto import non_dominated
 from nasattn.record import Trial
-from nasattn.search.display import placed
+from nasattn.report.drawing import (
+    BLUE,
+    GREY,
+    INK,
+    STYLE,
+    VERMILION,
+    empty_figure,
+    save,
+    scale_axis,
+    short,
+    wrapped,
+)
+from nasattn.report.final import final_figure
+from nasattn.search.display import counted, placed
 from nasattn.search.study import Study, accuracy, make_folder
-
-# Okabe and Ito's colours, which people with any common colour vision tell apart; shapes differ too.
-BLUE, VERMILION, INK, GREY, PALE = "#0072B2", "#D55E00", "#333333", "#8C8C8C", "#EDEDED"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "text.color": INK,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "svg.hashsalt": "nasattn",  # else the ids in an SVG are random
-}
-LABELS = {"macs": "MACs (multiply-adds of one image)", "params": "parameters"}
-UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
 def write_report(study: Study, folder: Path) -> list[Path]:
-    """Write frontier and sites, each as PNG and SVG; the files, equal for equal records.
+    """Write frontier, sites and, where there is one, final, each as PNG and SVG; the files, equal
+    for equal records.
 
     A UserError when the study has no scored baseline yet or the folder cannot be written.
     """
@@ -55,8 +47,11 @@ def write_report(study: Study, folder: Path) -> list[Path]:
             "frontier": frontier_figure(study, trials),
             "sites": sites_figure(study, trials),
         }
+        final = study.final(trials)
+        if final and final["done"]:
+            figures["final"] = final_figure(study, final)
         return [
-            _save(figure, folder / f"{name}.{kind}")
+            save(figure, folder / f"{name}.{kind}")
             for name, figure in figures.items()
             for kind in ("png", "svg")
         ]
@@ -88,18 +83,12 @@ def choices(study: Study) -> dict[str, tuple[str, ...]]:
     return {site: tuple(spec for spec in specs if spec != NONE) for site, specs in offered}
 
 
-def short(value: float) -> str:
-    """Four digits and a unit prefix: `913.7k`."""
-    scale, prefix = _unit(value)
-    return f"{value / scale:.4g}{prefix}"
-
-
 def frontier_figure(study: Study, trials: Sequence[Trial]) -> Figure:
     """Accuracy against each cost objective, one panel a cost."""
     costs = study.config.costs
     width = 7.2 if len(costs) == 1 else 5.4 * len(costs)
-    lines = _wrapped(_frontier_caption(study, trials), width)
-    figure = _figure(width, 4.4, f"{study.name}: accuracy against cost", lines)
+    lines = wrapped(_frontier_caption(study, trials), width)
+    figure = empty_figure(width, 4.4, f"{study.name}: accuracy against cost", lines)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, costs, strict=True):
         _draw_panel(axes, study, trials, metric)
@@ -119,9 +108,9 @@ def sites_figure(study: Study, trials: Sequence[Trial]) -> Figure:
         matrix[specs.index(spec), list(offered).index(site)] = gain
     cell = min(0.46, 100 / len(specs))  # a picture has a largest height
     width = max(7.2, 3.6 + 0.72 * len(offered))
-    lines = _wrapped(_sites_caption(study, trials), width)
+    lines = wrapped(_sites_caption(study, trials), width)
     title = f"{study.name}: which block did well at which site"
-    figure = _figure(width, 1.3 + cell * len(specs), title, lines)
+    figure = empty_figure(width, 1.3 + cell * len(specs), title, lines)
     axes = figure.subplots()
     limit = max((abs(gain) for gain, _ in found.values()), default=0.0) or 1.0
     mesh = axes.pcolormesh(
@@ -144,16 +133,6 @@ def sites_figure(study: Study, trials: Sequence[Trial]) -> Figure:
     _frame_cells(axes, specs, list(offered))
     bar = figure.colorbar(mesh, ax=axes, aspect=30, pad=0.02, label="mean gain (accuracy points)")
     bar.outline.set_visible(False)
-    return figure
-
-
-def _figure(width: float, height: float, title: str, lines: Sequence[str]) -> Figure:
-    """An empty figure with a title above and a caption below, which the layout makes room for."""
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-    figure = Figure(figsize=(width, height + 0.16 * len(lines)), layout=layout)
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.015, ha="left", fontsize=12, fontweight="bold")
-    figure.supxlabel("\n".join(lines), x=0.015, ha="left", fontsize=8, linespacing=1.35)
     return figure
 
 
@@ -190,7 +169,7 @@ def _draw_panel(axes: Axes, study: Study, trials: Sequence[Trial], metric: str) 
         _annotate(axes, text, trial, metric, pad)
     if limit is not None:
         _draw_budget(axes, limit, plain, near)
-    _scale_axis(axes, metric, high, plain)
+    scale_axis(axes, metric, high, plain)
 
 
 def _points(
@@ -251,21 +230,6 @@ def _draw_budget(axes: Axes, limit: float, plain: float, near: bool) -> None:
         axes.annotate(f"{text} →", (axes.get_xlim()[1], 0.0), **place, fontsize=8)
 
 
-def _scale_axis(axes: Axes, metric: str, high: float, plain: float) -> None:
-    """Ticks in one unit below, as multiples of the plain backbone above."""
-    scale, prefix = _unit(high)
-    axes.set_xlabel(LABELS.get(metric, metric))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / scale:g}{prefix}"))
-    axes.margins(y=0.12)
-    axes.grid(color=PALE, lw=0.8)
-    axes.set_axisbelow(True)
-    ratio = (lambda v: np.divide(v, plain), lambda v: np.multiply(v, plain))
-    top = axes.secondary_xaxis("top", functions=ratio)
-    top.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
-    top.set_xlabel("of the plain backbone", fontsize=8)
-
-
 def _frame_cells(axes: Axes, specs: Sequence[str], sites: Sequence[str]) -> None:
     axes.set_yticks(np.arange(len(specs)) + 0.5, specs)
     turned = max(len(site) for site in sites) > 9
@@ -307,7 +271,7 @@ def _frontier_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
     evaluators = ", ".join(sorted({t.score.evaluator for t in scored if t.score}))
     below = "A frontier point below the line is cheaper in another cost. "
     lines.append(
-        f"n = {_count(len(scored), 'scored trial')} (evaluator: {evaluators}), {of}. "
+        f"n = {counted(len(scored), 'scored trial')} (evaluator: {evaluators}), {of}. "
         f"{_unscored(trials)}{below if len(study.config.costs) > 1 else ''}"
         "The validation split that chose the frontier also scores it, which flatters it a little."
     )
@@ -328,34 +292,5 @@ def _sites_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
 def _unscored(trials: Sequence[Trial]) -> str:
     """How many trials have no accuracy, and so no point: `Not drawn: 2 failed trials. `"""
     counts = {state: sum(t.state == state for t in trials) for state in ("failed", "stopped")}
-    parts = [_count(count, f"{state} trial") for state, count in counts.items() if count]
+    parts = [counted(count, f"{state} trial") for state, count in counts.items() if count]
     return f"Not drawn: {', '.join(parts)}. " if parts else ""
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _wrapped(paragraphs: Sequence[str], width: float) -> list[str]:
-    """Lines that fit a figure of that many inches."""
-    return [
-        line
-        for paragraph in paragraphs
-        for line in textwrap.wrap(paragraph, int(16.5 * width), subsequent_indent="   ")
-    ]
-
-
-def _unit(value: float) -> tuple[float, str]:
-    return next((u for u in UNITS if abs(value) >= u[0]), (1.0, ""))
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Write a picture whole or not at all, without the time of day."""
-    draft = path.with_name(f".{path.name}.draft")
-    metadata: Mapping[str, str | None] = {"Date": None} if path.suffix == ".svg" else {}
-    try:
-        figure.savefig(draft, format=path.suffix[1:], dpi=200, metadata=dict(metadata))
-        draft.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    return path

@@ -1,0 +1,266 @@
+"""A study of thousands of finished trials, and what the commands cost on it.
+
+    python long.py make runs/long.db [--trials 5000]    writes it, in seconds
+    python long.py measure runs/long.db                 processor seconds of each command
+    python long.py loop runs/long.db [--trials 20]      of the first proposal, and of each further trial
+
+17 sites by 11 options (MobileNetV2 on 32x64 maps, about 5e17 architectures), budget 1.25x. The rows
+are those that a search writes, but for their accuracy, which a formula gives.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution, distribution_to_json
+from optuna.samplers import RandomSampler
+from sqlalchemy import insert
+
+from nasattn.architecture import Architecture
+from nasattn.config import Experiment
+from nasattn.pricing import Candidates, Pricing
+from nasattn.record import Score
+from nasattn.space import SearchSpace
+
+SPACE = {
+    "backbone": {"name": "mobilenet_v2", "stem_stride": 1},
+    "input": [1, 32, 64],
+    "classes": 10,
+    "sites": ["stage*.*"],
+    "blocks": {
+        "lightnl": {"ratio": [0.125, 0.25], "stride": [1, 2]},
+        "gcnet": {"ratio": [0.125, 0.25]},
+        "se": {"ratio": [0.125, 0.25]},
+        "eca": {},
+        "ccnet": {},
+    },
+}
+
+
+def experiment(database: Path, study: str, sampler: str = "frontier") -> Experiment:
+    return Experiment.from_dict(
+        {
+            "study": study,
+            "storage": f"sqlite:///{database.resolve()}",
+            "space": SPACE,
+            "data": {"name": "cued_digits", "train": 640, "val": 64, "test": 64},
+            "training": {"warm_start": True},
+            "budget": {"macs": "1.25x"},
+            "search": {"sampler": sampler, "trials": 5000},
+        }
+    )
+
+
+def score(architecture: Architecture) -> Score:
+    """A few sites and blocks help, with some noise: the frontier grows slowly."""
+    rng = random.Random(architecture.key)
+    worth = {"lightnl": 0.9, "ccnet": 1.0, "gcnet": 0.5, "se": 0.3, "eca": 0.1}
+    gain = sum(
+        worth[p.block] * random.Random(p.site).random() ** 2 for p in architecture.placements
+    )
+    accuracy = 0.70 + 0.25 * (1 - 2 ** (-gain / 2)) + rng.gauss(0.0, 0.01)
+    curve = tuple(accuracy - 0.1 / (epoch + 1) for epoch in range(10))
+    return Score(accuracy=accuracy, curve=curve, epochs=10, seconds=60.0, seed=0, evaluator="train")
+
+
+def make(database: Path, name: str, trials: int) -> None:
+    """In one transaction: through Optuna's own calls it would take minutes."""
+    from optuna.storages._rdb import models
+
+    from nasattn.search.loop import space_facts
+    from nasattn.search.study import open_study
+
+    settings = experiment(database, name)
+    space = SearchSpace.of(settings.space)
+    pricing = Pricing.of(settings, space)
+    limits = {str(m): x.resolve(pricing.plain[m]) for m, x in settings.budget.items()}
+    study = open_study(settings, space_facts(pricing, limits), RandomSampler())
+    storage = study.optuna._storage._backend
+    study_id = study.optuna._study_id
+    distributions = {
+        site: CategoricalDistribution(labels) for site, labels in space.parameters.items()
+    }
+    texts = {site: distribution_to_json(d) for site, d in distributions.items()}
+    now = datetime.now()
+    tables: dict[Any, list[dict[str, Any]]] = {}
+
+    def add(model: Any, **fields: Any) -> None:
+        tables.setdefault(model, []).append(fields)
+
+    with storage.engine.begin() as connection:
+        first = connection.exec_driver_sql("select coalesce(max(trial_id), 0) from trials")
+        start = first.scalar_one() + 1
+        for slot, (row, failed) in enumerate(rows(space, Candidates(pricing, limits), trials)):
+            trial = start + slot
+            architecture, cost = space.decode(row), pricing.cost(row)
+            state = "FAIL" if failed else "COMPLETE"
+            add(
+                models.TrialModel,
+                trial_id=trial,
+                number=slot,
+                study_id=study_id,
+                state=state,
+                datetime_start=now,
+                datetime_complete=now,
+            )
+            for site, label in row.items():
+                add(
+                    models.TrialParamModel,
+                    trial_id=trial,
+                    param_name=site,
+                    param_value=distributions[site].to_internal_repr(label),
+                    distribution_json=texts[site],
+                )
+            claimed = {
+                "slot": slot,
+                "architecture": architecture.as_dict(),
+                "cost": {"values": dict(cost.values), "context": dict(cost.context)},
+            }
+            attrs: dict[str, Any] = {"nasattn": claimed}
+            excesses = {m: cost.values[m] - limit for m, limit in limits.items()}
+            system = {f"constraints:{m}": excess for m, excess in excesses.items()}
+            system["constraints"] = list(excesses.values())
+            system["nasattn:proposal"] = [
+                labels.index(row[site]) for site, labels in space.parameters.items()
+            ]
+            if failed:
+                attrs["reason"] = "out of memory"
+            else:
+                got = score(architecture)
+                attrs["score"] = got.as_dict()
+                for index, value in enumerate((got.accuracy, cost.values["macs"])):
+                    add(
+                        models.TrialValueModel,
+                        trial_id=trial,
+                        objective=index,
+                        value=value,
+                        value_type="FINITE",
+                    )
+            for key, value in attrs.items():
+                add(
+                    models.TrialUserAttributeModel,
+                    trial_id=trial,
+                    key=key,
+                    value_json=json.dumps(value),
+                )
+            for key, value in system.items():
+                add(
+                    models.TrialSystemAttributeModel,
+                    trial_id=trial,
+                    key=key,
+                    value_json=json.dumps(value),
+                )
+        for model, fields in tables.items():
+            connection.execute(insert(model), fields)
+
+
+def rows(
+    space: SearchSpace, candidates: Candidates, trials: int
+) -> Iterator[tuple[dict[str, str], bool]]:
+    """The plain backbone, then sparse architectures that fit, each once; one of fifty fails."""
+    rng, seen = random.Random(0), set()
+    row = space.canonical({})
+    while len(seen) < trials:
+        if tuple(row.values()) not in seen and candidates.fits(row):
+            seen.add(tuple(row.values()))
+            yield row, bool(len(seen) > 1 and rng.random() < 0.02)
+        drawn = space.chain.sample(rng)
+        kept = set(rng.sample(list(drawn), rng.randint(1, 6)))
+        row = {site: label if site in kept else "none" for site, label in drawn.items()}
+
+
+def measure(database: Path, name: str) -> None:
+    """Each command in a process of its own: processor seconds, the imports included."""
+    arguments = ["--storage", f"sqlite:///{database.resolve()}", "--study", name]
+    for command in ("status", "pareto", "report"):
+        extra = ["--out", str(database.parent / "report")] if command == "report" else []
+        code = (
+            "import sys, time; from nasattn.cli import app\n"
+            f"sys.argv = ['nasattn', '{command}', *{arguments + extra!r}]\n"
+            "try: app()\n"
+            "except SystemExit: print('CPU', time.process_time(), file=sys.stderr)"
+        )
+        began = time.monotonic()
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        wall = time.monotonic() - began
+        print(f"{command:>8}  {run.stderr.split()[-1][:5]} s processor, {wall:.2f} s wall")
+
+
+class Formula:
+    """Stands for the training."""
+
+    name, stored, rungs = "train", True, (10,)
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+
+    def __call__(self, architecture: Architecture, tick: Any, **_: Any) -> tuple[Score, Any]:
+        import torch
+
+        self.began.append(time.process_time())
+        return score(architecture), {"w": torch.zeros(1)}
+
+    def prepare(self, tick: Any) -> bool:
+        return False
+
+    def estimate(self, trainings: int, *, prepare: bool) -> float:
+        return 0.0
+
+
+def loop(database: Path, name: str, trials: int, profiled: bool) -> None:
+    """Go on with the study in this process: seconds until the first proposal, and of each trial."""
+    import cProfile
+    import pstats
+
+    from rich.console import Console
+
+    from nasattn.search.display import Display
+    from nasattn.search.loop import Search
+    from nasattn.search.study import finished, load_study
+
+    began = time.process_time()
+    study = load_study(f"sqlite:///{database.resolve()}", name)
+    done = finished(study.trials)
+    search = Search(study.config, Display(Console(quiet=True)))
+    search.evaluator = evaluator = Formula()
+    profile = cProfile.Profile()
+    run = profile.runcall if profiled else lambda f, *a: f(*a)
+    run(search.run, done + trials)
+    first = evaluator.began[0] - began
+    each = [b - a for a, b in itertools.pairwise(evaluator.began)]
+    print(
+        f"{done} trials: {first:.2f} s to the first proposal, {statistics.median(each):.3f} s each"
+    )
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    if profiled:
+        pstats.Stats(profile).sort_stats("cumulative").print_stats(50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("make", "measure", "loop"))
+    parser.add_argument("database", type=Path)
+    parser.add_argument("--study", default="long")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    if args.what == "make":
+        make(args.database, args.study, args.trials or 5000)
+    elif args.what == "measure":
+        measure(args.database, args.study)
+    else:
+        loop(args.database, args.study, args.trials or 20, args.profile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The honest end of a study as its records hold it: what is trained anew, and what came of it.
+
+The search chose its frontier by one validation split and few seeds, which flatters it. So the
+frontier, the plain backbone and a control are trained again, each with several seeds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any, Literal
+
+from nasattn.architecture import Architecture, Placement
+from nasattn.config import Experiment
+from nasattn.record import Cost, Trial
+from nasattn.seed import derive
+from nasattn.uncertainty import Estimate, membership
+
+# The attributes of a study that hold one evaluation each: `final:KEY:SEED`.
+FINAL = "final"
+CONTROL = "se"
+
+Split = Literal["val", "test"]
+SPLITS: tuple[Split, ...] = ("val", "test")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One architecture trained once more from a backbone that was trained anew (`seed`: the how
+    manyeth, from 0): its accuracy on the two splits, or the reason why it has none."""
+
+    seed: int
+    architecture: Architecture
+    cost: Cost
+    val: float | None = None
+    test: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The study's attribute that holds it."""
+        return f"{FINAL}:{self.architecture.key}:{self.seed}"
+
+    def done(self, test: bool) -> bool:
+        """test: whether the test split is asked for."""
+        return bool(self.reason) or (self.test if test else self.val) is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"architecture": self.architecture.as_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Evaluation":
+        architecture = Architecture.from_dict(fields["architecture"])
+        return cls(**{**fields, "architecture": architecture, "cost": Cost(**fields["cost"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """An architecture to be evaluated. `trial` is the search's own, where it had one; `control` the
+    key of what stands beside a member of the frontier: SE at the same sites."""
+
+    architecture: Architecture
+    trial: Trial | None
+    roles: tuple[str, ...]
+    control: str | None = None
+
+
+def contenders(trials: Sequence[Trial], front: Sequence[Trial]) -> list[Contender]:
+    """The baseline, then the frontier's members, each with its control behind it; an architecture
+    stands there once, in all of its roles. A function of the search's trials alone."""
+    by_key = {t.architecture.key: t for t in trials if t.score}
+    found: dict[str, Contender] = {}
+
+    def add(architecture: Architecture, role: str, control: Architecture | None = None) -> None:
+        known = found.get(architecture.key)
+        found[architecture.key] = Contender(
+            architecture=architecture,
+            trial=by_key.get(architecture.key),
+            roles=tuple(dict.fromkeys((*(known.roles if known else ()), role))),
+            control=control.key if control else known.control if known else None,
+        )
+
+    for trial in trials:
+        if trial.baseline and trial.score:
+            add(trial.architecture, "baseline")
+    for trial in front:
+        control = control_of(trial.architecture)
+        add(trial.architecture, "frontier", control)
+        if control:
+            add(control, "control")
+    return list(found.values())
+
+
+def control_of(architecture: Architecture) -> Architecture | None:
+    """The same with SE, its options at their defaults, at each site that holds a block; None where
+    that is the same or there is no block."""
+    placements = tuple(Placement(site=p.site, block=CONTROL) for p in architecture.placements)
+    control = replace(architecture, placements=placements)
+    return None if control == architecture else control
+
+
+def evaluations(attributes: Mapping[str, Any]) -> dict[tuple[str, int], Evaluation]:
+    """(architecture key, seed) -> what a study's attributes hold."""
+    read = (
+        Evaluation.from_dict(value)
+        for name, value in attributes.items()
+        if name.startswith(f"{FINAL}:")
+    )
+    return {(e.architecture.key, e.seed): e for e in read}
+
+
+def summarise(
+    experiment: Experiment,
+    trials: Sequence[Trial],
+    front: Sequence[Trial],
+    stored: Mapping[tuple[str, int], Evaluation],
+) -> dict[str, Any] | None:
+    """What `Study.final` returns; None where the experiment has no `final`."""
+    if (final := experiment.final) is None:
+        return None
+    planned = contenders(trials, front)
+    keys = {c.architecture.key for c in planned}
+    left = {e.architecture.key: e.architecture for e in stored.values()}
+    by_key = {t.architecture.key: t for t in trials if t.score}
+    # Tested before the search was extended, and dominated since: shown, as all that was tested is.
+    former = [
+        Contender(architecture=a, trial=by_key.get(key), roles=("former",))
+        for key, a in sorted(left.items())
+        if key not in keys
+    ]
+    table = {
+        c.architecture.key: [stored.get((c.architecture.key, s)) for s in range(final.seeds)]
+        for c in [*planned, *former]
+    }
+    asked = [e for c in planned for e in table[c.architecture.key]]
+    done = [e for e in asked if e and e.done(final.test)]
+    rows = [_row(c, table) for c in [*planned, *former]]
+    for row in rows:
+        row.update({split: _figures(row, split, rows) for split in SPLITS})
+    if len(done) == len(asked):
+        seed = derive(experiment.search.seed, FINAL)
+        for split in SPLITS:
+            _judge([r for r in rows if _competes(r)], split, experiment.costs, seed)
+    return {
+        "seeds": final.seeds,
+        "test": final.test,
+        "warm_start": experiment.training.warm_start,
+        "evaluations": len(asked),
+        "done": len(done),
+        "failed": sum(bool(e.reason) for e in done),
+        "gap": {split: _gaps(rows, split) for split in SPLITS},
+        "rows": [{k: v for k, v in row.items() if k != "raw"} for row in rows],
+    }
+
+
+def _row(contender: Contender, table: Mapping[str, Sequence[Evaluation | None]]) -> dict[str, Any]:
+    """What is known of a contender; `raw` holds its accuracies by split and seed."""
+    found = table[contender.architecture.key]
+    trial, present = contender.trial, [e for e in found if e]
+    cost = trial.cost if trial else present[0].cost if present else Cost(values={})
+    return {
+        "number": trial.number if trial else None,
+        "key": contender.architecture.key,
+        "roles": list(contender.roles),
+        "control": contender.control,
+        "placements": contender.architecture.specs,
+        "cost": dict(cost.values),
+        "search": trial.score.accuracy if trial and trial.score else None,
+        "failures": [{"seed": e.seed, "reason": e.reason} for e in present if e.reason],
+        "raw": {s: [getattr(e, s) if e else None for e in found] for s in SPLITS},
+    }
+
+
+def _figures(
+    row: Mapping[str, Any], split: Split, rows: Iterable[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """A row's accuracy on a split: its mean, and paired by seed its gain over the baseline, its
+    gain over its control and what the search's own figure is above it; None without a value."""
+    values = row["raw"][split]
+    estimate = _estimate(values)
+    if estimate is None:
+        return None
+    none: list[float | None] = []
+    base = next((r["raw"][split] for r in rows if "baseline" in r["roles"]), none)
+    control = next((r["raw"][split] for r in rows if r["key"] == row["control"]), none)
+    searched = [row["search"]] * len(values)
+    return {
+        **estimate,
+        "values": list(values),
+        "gain": None if "baseline" in row["roles"] else _estimate(_minus(values, base)),
+        "over_control": _estimate(_minus(values, control)),
+        "gap": _estimate(_minus(searched, values)),
+        "membership": None,
+    }
+
+
+def _judge(rows: Sequence[dict[str, Any]], split: Split, costs: Sequence[str], seed: int) -> None:
+    """Fill in the membership probabilities, from the seeds that all of the points have."""
+    rows = [r for r in rows if r[split]]
+    complete = [c for c in zip(*(r["raw"][split] for r in rows), strict=True) if None not in c]
+    prices = [[float(r["cost"][m]) for m in costs] for r in rows]
+    shares = membership(prices, list(zip(*complete, strict=True)), seed=seed) if complete else None
+    if shares is not None:
+        for row, share in zip(rows, shares, strict=True):
+            row[split]["membership"] = share
+
+
+def _gaps(rows: Sequence[Mapping[str, Any]], split: Split) -> dict[str, Any]:
+    """How far the search's own accuracies lie above those of a split. frontier: the mean of its
+    members, the baseline aside, which nothing selected and which stands beside it."""
+    members = [r for r in rows if "frontier" in r["roles"] and "baseline" not in r["roles"]]
+    gaps = [_minus([r["search"]] * len(r["raw"][split]), r["raw"][split]) for r in members]
+    by_seed = [_mean(of_all) for of_all in zip(*gaps, strict=True)]
+    base = next((r[split] for r in rows if "baseline" in r["roles"]), None)
+    return {
+        "members": len(members),
+        "frontier": _estimate(by_seed),
+        "baseline": base["gap"] if base else None,
+    }
+
+
+def _competes(row: Mapping[str, Any]) -> bool:
+    return bool({"baseline", "frontier"} & set(row["roles"]))
+
+
+def _minus(left: Sequence[float | None], right: Sequence[float | None]) -> list[float | None]:
+    """Seed by seed; None where one of the two is missing."""
+    pairs = zip(left, right, strict=bool(right))
+    return [None if a is None or b is None else a - b for a, b in pairs]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [v for v in values if v is not None]
+    return fmean(present) if len(present) == len(values) else None
+
+
+def _estimate(values: Sequence[float | None]) -> dict[str, Any] | None:
+    present = [v for v in values if v is not None]
+    return Estimate.of(present).as_dict() if present else None

@@ -1,0 +1,83 @@
+"""What `Study.final` returned, in words: the table and the notes below it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nasattn.search.display import counted, placed
+
+ROLES = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
+
+
+def title(name: str, final: Mapping[str, Any]) -> str:
+    return f"final of {name}: {counted(final['seeds'], 'seed')}, means with 95 % intervals"
+
+
+def table(final: Mapping[str, Any]) -> list[list[str]]:
+    """The head, then a row an architecture; a member's control stands right below it."""
+    seeds, split = final["seeds"], judged_on(final)
+    splits = dict.fromkeys((split, "val"))
+    lines = [["trial", *splits, "gain", "over SE", "on the frontier", "blocks"]]
+    for row in final["rows"]:
+        figures = row[split] or {}
+        share = figures.get("membership")
+        lines.append(
+            [
+                _name(row),
+                *(interval(row[s], seeds) for s in splits),
+                interval(figures.get("gain"), seeds, "+"),
+                interval(figures.get("over_control"), seeds, "+"),
+                "-" if share is None else f"{share:.0%}",
+                placed(row["placements"]),
+            ]
+        )
+    return lines
+
+
+def notes(final: Mapping[str, Any]) -> list[str]:
+    """What belongs below the table, the selection bias first."""
+    seeds, split = final["seeds"], judged_on(final)
+    lines = [
+        f"selection bias: the search's val minus the final {s} is "
+        f"{interval(gap['frontier'], seeds, '+')} for the frontier's "
+        f"{counted(gap['members'], 'member')} and {interval(gap['baseline'], seeds, '+')} for the "
+        "plain backbone, which nothing selected"
+        for s in dict.fromkeys((split, "val"))
+        if (gap := final["gap"][s])["frontier"]
+    ]
+    anew = ", the plain backbone trained anew for each" if final["warm_start"] else ""
+    lines.append(
+        f"{final['done']} of {final['evaluations']} evaluations are done, {final['failed']} of "
+        f"them failed; {counted(seeds, 'seed')}{anew}; a gain is on {split}, over the plain "
+        "backbone, paired by seed; on the frontier: the probability to be non-dominated under the "
+        "seeds' noise"
+    )
+    if seeds == 1:
+        lines.append("one seed: an anecdote, not yet a finding")
+    lines += [
+        f"failed: seed {failure['seed']}, {placed(row['placements'])}: {failure['reason']}"
+        for row in final["rows"]
+        for failure in row["failures"]
+    ]
+    return lines
+
+
+def judged_on(final: Mapping[str, Any]) -> str:
+    """The split that counts."""
+    return "test" if final["test"] else "val"
+
+
+def interval(estimate: Mapping[str, Any] | None, seeds: int, sign: str = "") -> str:
+    """`0.9123 [0.9001, 0.9245]`, with the n where it is not `seeds`; `-` for what is not there."""
+    if estimate is None:
+        return "-"
+    low, high = estimate["low"], estimate["high"]
+    text = f"{estimate['mean']:{sign}.4f}"
+    text += "" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
+    return text if estimate["n"] == seeds else f"{text} (n={estimate['n']})"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """`7`, `(SE)` for a control, `7 (left the frontier)`."""
+    said = ", ".join(ROLES[role] for role in row["roles"] if role in ROLES)
+    number = "" if row["number"] is None else str(row["number"])
+    return f"{number} ({said})".strip() if said else number

@@ -1,0 +1,210 @@
+"""Trains the final frontier anew. An evaluation is in the database as soon as it is done."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from shutil import rmtree
+
+from nasattn.config import Experiment
+from nasattn.cost import measure
+from nasattn.data import Data
+from nasattn.errors import TrialFailed, reason
+from nasattn.evaluate.candidate import Evaluator, score_test
+from nasattn.record import Cost
+from nasattn.search.display import Display, duration, placed
+from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
+from nasattn.search.lease import BACKBONE, Leases
+from nasattn.search.outage import full, full_disk, patiently
+from nasattn.search.study import Study
+from nasattn.seed import derive
+
+Job = tuple[Contender, int]  # and its seed
+
+WAIT = 0.5  # seconds between two looks at what the other workers do
+
+
+class Retraining:
+    """One worker's part in a study's `final`: what is not in the database yet and nobody else is
+    at, seed by seed, so that a comparison within a seed is whole as early as can be."""
+
+    def __init__(self, study: Study, data: Data, display: Display, leases: Leases) -> None:
+        self.study, self.data, self.display, self.leases = study, data, display, leases
+        self.experiment: Experiment = study.config
+        trials = study.trials
+        self.planned = contenders(trials, study.frontier(trials))
+        seeds = self.experiment.final.seeds if self.experiment.final else 0
+        self.evaluators = [evaluator_of(study, data, s, display.note) for s in range(seeds)]
+
+    def run(self) -> None:
+        """Evaluate until nothing is left, here or at another worker."""
+        if self.experiment.final is None or not self._left():
+            return
+        if self.display.study is None:
+            self.display.begin(self.study, len(self.study.trials))
+        self._announce()
+        waits = False
+        while left := self._left():
+            if job := self._claim(left):
+                self._evaluate(*job)
+            elif not waits:
+                self._start("waiting for what other workers evaluate")
+            waits = job is None
+            time.sleep(WAIT * waits)
+        self.study.write_final()
+
+    def _left(self) -> list[Job]:
+        final, stored = self.experiment.final, self._stored()
+        assert final is not None
+        return [
+            (contender, seed)
+            for seed in range(final.seeds)
+            for contender in self.planned
+            if (known := stored.get((contender.architecture.key, seed))) is None
+            or not known.done(final.test)
+        ]
+
+    def _stored(self) -> dict[tuple[str, int], Evaluation]:
+        attributes = patiently(lambda: self.study.optuna.user_attrs, self.display.note)
+        return evaluations(attributes)
+
+    def _claim(self, left: Sequence[Job]) -> Job | None:
+        """The first that is free, now this worker's; None when others are at all of them."""
+        for seed in dict.fromkeys(seed for _, seed in left):
+            if not self._have_backbone(seed, [c for c, s in left if s == seed]):
+                continue
+            for job in (job for job in left if job[1] == seed):
+                if self._acquire(_lease(*job)):
+                    if job in self._left():
+                        return job
+                    self._release(_lease(*job))
+        return None
+
+    def _have_backbone(self, seed: int, todo: Sequence[Contender]) -> bool:
+        """Whether the seed's evaluations can start: its backbone is trained by one worker, first.
+        When it cannot be trained, none of them can be."""
+        evaluator, name = self.evaluators[seed], f"{FINAL}:{BACKBONE}:{seed}"
+        if not self.experiment.training.warm_start or evaluator.stored:
+            return True
+        if not self._acquire(name):
+            return False
+        try:
+            if not evaluator.stored:
+                self._start(f"final, seed {seed}: training the plain backbone anew")
+            evaluator.prepare(self._tick)
+        except TrialFailed as error:
+            for contender in todo:
+                why = f"the plain backbone could not be trained: {error}"
+                self._store(_blank(contender, seed, why))
+        finally:
+            self._release(name)
+        return evaluator.stored
+
+    def _evaluate(self, contender: Contender, seed: int) -> None:
+        """Train and score one, as far as a process that died had not come, and store the end."""
+        evaluator, architecture = self.evaluators[seed], contender.architecture
+        files = evaluator.folder / "checkpoints" / architecture.key
+        try:
+            evaluator.prepare(self._tick)
+            self._start(f"final, seed {seed}: {_name(contender)}")
+            cost = contender.trial.cost if contender.trial else measure(architecture)
+            score, weights = evaluator(architecture, self._tick, checkpoints=files)
+            final, test = self.experiment.final, None
+            if final and final.test:
+                test = score_test(architecture, weights, evaluator.experiment, self.data)
+        except Exception as error:
+            if full(error):
+                raise full_disk(error) from error
+            self._store(_blank(contender, seed, reason(error)))
+        else:
+            done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
+            self._store(replace(done, val=score.accuracy, test=test))
+        rmtree(files, ignore_errors=True)
+        self._release(_lease(contender, seed))
+
+    def _acquire(self, name: str) -> bool:
+        return patiently(lambda: self.leases.acquire(name), self.display.note)
+
+    def _release(self, name: str) -> None:
+        patiently(lambda: self.leases.release(name), self.display.note)
+
+    def _start(self, task: str) -> None:
+        self.display.start(task)
+        self.leases.doing = {"task": task}
+
+    def _tick(self, share: float, accuracy: float | None) -> None:
+        self.display.tick(share, accuracy)
+        self.leases.doing |= {"share": round(share, 3), "accuracy": accuracy}
+
+    def _store(self, evaluation: Evaluation) -> None:
+        value = evaluation.as_dict()
+        patiently(
+            lambda: self.study.optuna.set_user_attr(evaluation.name, value), self.display.note
+        )
+        figures = {"test": evaluation.test, "val": evaluation.val}
+        shown = [f"{split} {value:.4f}" for split, value in figures.items() if value is not None]
+        seconds, _ = self._ahead()
+        self.display.note(
+            f"final, seed {evaluation.seed}: {', '.join(shown) or f'failed: {evaluation.reason}'}  "
+            f"{placed(evaluation.architecture.specs)}  [{len(self._left())} to go, "
+            f"about {duration(seconds)} left]"
+        )
+
+    def _announce(self) -> None:
+        final = self.experiment.final
+        assert final is not None
+        seconds, backbones = self._ahead()
+        count = sum("control" in c.roles for c in self.planned)
+        anew = f", the backbone anew for each ({backbones} to train)" if backbones else ""
+        self.display.note(
+            f"final: {len(self.planned) - count} architectures and {count} controls (SE at the "
+            f"same sites), {final.seeds} seeds each{anew}: {len(self._left())} evaluations to go, "
+            f"about {duration(seconds)}"
+        )
+
+    def _ahead(self) -> tuple[float, int]:
+        """Seconds and plain backbones still to train, by what an epoch took so far."""
+        stored = self._stored().values()
+        scores = [t.score for t in self.study.trials if t.score]
+        schedule = in_full(self.experiment).training
+        spent = [(e.seconds, schedule.epochs) for e in stored if not e.reason]
+        spent = spent or [(s.seconds, s.epochs) for s in scores]
+        epoch = sum(s for s, _ in spent) / max(1, sum(n for _, n in spent))
+        left = self._left()
+        backbones = 0
+        if schedule.warm_start:
+            backbones = sum(not self.evaluators[seed].stored for seed in {s for _, s in left})
+        epochs = len(left) * schedule.epochs + backbones * self.experiment.pretrain.epochs
+        return epoch * epochs, backbones
+
+
+def in_full(experiment: Experiment) -> Experiment:
+    """The experiment with one training an evaluation, by the full schedule: the candidates' own
+    from the plain backbone, without a warm start `pretrain`'s."""
+    training = experiment.training
+    whole = {} if training.warm_start else experiment.pretrain.model_dump()
+    update = {"training": training.model_copy(update={**whole, "seeds": 1})}
+    return experiment.model_copy(update=update)
+
+
+def evaluator_of(study: Study, data: Data, seed: int, note: Callable[[str], None]) -> Evaluator:
+    """That of one seed of the `final`: with a plain backbone of its own, and its own seeds."""
+    experiment = in_full(study.config)
+    search = experiment.search
+    own = search.model_copy(update={"seed": derive(search.seed, FINAL, seed)})
+    plain = next(t.architecture for t in study.trials if t.baseline)
+    folder = study.folder / FINAL / f"seed{seed}"
+    return Evaluator(experiment.model_copy(update={"search": own}), data, plain, folder, note)
+
+
+def _lease(contender: Contender, seed: int) -> str:
+    return f"{FINAL}:{contender.architecture.key}:{seed}"
+
+
+def _blank(contender: Contender, seed: int, why: str) -> Evaluation:
+    cost = contender.trial.cost if contender.trial else Cost(values={})
+    return Evaluation(seed=seed, architecture=contender.architecture, cost=cost, reason=why)
+
+
+def _name(contender: Contender) -> str:
+    what = f"trial {contender.trial.number}: " if contender.trial else "control: "
+    return what + placed(contender.architecture.specs)

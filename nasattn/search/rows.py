@@ -1,0 +1,122 @@
+"""Optuna's database with a fast reader: thousands of trials in a fraction of a second.
+
+Optuna reads through SQLAlchemy's objects and parses each parameter's choices twice: about 1.5 ms a
+trial of 17 parameters. Plain rows, and one parse of each different text, give the same trials.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Container
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+from optuna.distributions import json_to_distribution
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Select, or_, select
+
+Parts = dict[int, dict[Any, Any]]  # trial id -> its parameters, values or attributes
+
+
+class Database(RDBStorage):
+    """An RDBStorage. Should a later Optuna not read by the method that is replaced here, its own
+    way is taken: slower, and as right."""
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """The study's trials after an id, and those of the ids that are included, by id."""
+        trial, asked = models.TrialModel, models.TrialModel.study_id == study_id
+        if trial_id_greater_than > -1:
+            later = trial.trial_id > trial_id_greater_than
+            asked &= or_(later, trial.trial_id.in_(included_trial_ids))
+        ids = select(trial.trial_id).where(asked)
+        columns = trial.__table__.c
+        times = columns.datetime_start, columns.datetime_complete
+        heads = select(trial.trial_id, trial.number, trial.state, *times).where(asked)
+        with self.engine.connect() as connection:
+            # The trials first: one that is finished then has all its parts.
+            found = connection.execute(heads.order_by(trial.trial_id)).all()
+            if not found:
+                return []
+            params, distributions = _params(connection, ids)
+            values = _values(connection, ids)
+            user = _attributes(connection, models.TrialUserAttributeModel, ids)
+            system = _attributes(connection, models.TrialSystemAttributeModel, ids)
+            reports = _reports(connection, ids)
+        return [
+            FrozenTrial(
+                trial_id=number_in_all,
+                number=number,
+                state=state,
+                value=None,
+                values=[v for _, v in sorted(values[number_in_all].items())] or None,
+                datetime_start=_local(start),
+                datetime_complete=_local(complete),
+                params=params[number_in_all],
+                distributions=distributions[number_in_all],
+                user_attrs=user[number_in_all],
+                system_attrs=system[number_in_all],
+                intermediate_values=reports[number_in_all],
+            )
+            for number_in_all, number, state, start, complete in found
+            if states is None or state in states
+        ]
+
+
+def _params(connection: Connection, ids: Select[Any]) -> tuple[Parts, Parts]:
+    """Each trial's parameters and their distributions, in the order they were suggested."""
+    row, known = models.TrialParamModel, cache(json_to_distribution)
+    rows = connection.execute(
+        select(row.trial_id, row.param_name, row.param_value, row.distribution_json)
+        .where(row.trial_id.in_(ids))
+        .order_by(row.param_id)
+    )
+    params: Parts = defaultdict(dict)
+    distributions: Parts = defaultdict(dict)
+    for trial, name, value, text in rows:
+        distributions[trial][name] = distribution = known(text)
+        params[trial][name] = distribution.to_external_repr(value)
+    return params, distributions
+
+
+def _values(connection: Connection, ids: Select[Any]) -> Parts:
+    row = models.TrialValueModel
+    rows = connection.execute(
+        select(row.trial_id, row.objective, row.value, row.value_type).where(row.trial_id.in_(ids))
+    )
+    found: Parts = defaultdict(dict)
+    for trial, objective, value, kind in rows:
+        found[trial][objective] = row.stored_repr_to_value(value, kind)
+    return found
+
+
+def _attributes(connection: Connection, row: Any, ids: Select[Any]) -> Parts:
+    rows = connection.execute(
+        select(row.trial_id, row.key, row.value_json).where(row.trial_id.in_(ids))
+    )
+    found: Parts = defaultdict(dict)
+    for trial, key, text in rows:
+        found[trial][key] = json.loads(text)
+    return found
+
+
+def _reports(connection: Connection, ids: Select[Any]) -> Parts:
+    row = models.TrialIntermediateValueModel
+    columns = row.trial_id, row.step, row.intermediate_value, row.intermediate_value_type
+    found: Parts = defaultdict(dict)
+    for trial, step, value, kind in connection.execute(
+        select(*columns).where(row.trial_id.in_(ids))
+    ):
+        found[trial][step] = row.stored_repr_to_intermediate_value(value, kind)
+    return found
+
+
+def _local(time: datetime | None) -> datetime | None:
+    return time and time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

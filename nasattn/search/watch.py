@@ -1,0 +1,78 @@
+"""Following a search from another process: what its database says, look after look."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nasattn.record import FINISHED
+from nasattn.search.display import Display, Worker
+from nasattn.search.study import FACTS, Study, finished
+
+
+class Follower:
+    """Shows a study's progress and all of its workers on a display, which each `look` brings up to
+    date. It writes nothing."""
+
+    def __init__(self, study: Study, display: Display) -> None:
+        self.study, self.display = study, display
+        self._states: dict[int, str] = {}
+        self._workers: set[str] | None = None
+
+    def look(self) -> bool:
+        """Show what there is now, and say what has come since the last look, if this is not the
+        first. False when nothing is left to wait for: the study is complete and nobody works."""
+        # The workers first: a trial that one of them ends meanwhile is then seen to end.
+        facts, trials, display = self.study.workers(), self.study.trials, self.display
+        workers, refused = described(facts), sum(f.get("refused", 0) for f in facts)
+        stored = self.study.optuna.user_attrs[FACTS]["experiment"]
+        total = int(stored["search"]["trials"])
+        if self._workers is None:
+            display.begin(self.study, total)
+        else:
+            display.total = total
+            self._tell_workers({w.where for w in workers})
+            for trial in trials:
+                if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
+                    display.end(trial, trials, refused)
+        self._workers = {w.where for w in workers}
+        self._states = {t.number: t.state for t in trials}
+        display.show(workers, trials, refused)
+        return bool(workers) or finished(trials) < total
+
+    def _tell_workers(self, now: set[str]) -> None:
+        before = self._workers or set()
+        if not self.display.console.is_terminal:
+            for where in sorted(now - before):
+                self.display.note(f"worker {where} began")
+            for where in sorted(before - now):
+                self.display.note(f"worker {where} ended")
+
+
+def described(facts: Sequence[Mapping[str, Any]]) -> list[Worker]:
+    """Workers by what they say of themselves, those of one host by their process alone."""
+    one = len({f["host"] for f in facts}) == 1
+    return [
+        Worker(
+            where=f"pid {f['pid']}" if one else f"{f['host']}:{f['pid']}",
+            task=f.get("task", ""),
+            share=f.get("share") or 0.0,
+            accuracy=f.get("accuracy"),
+        )
+        for f in sorted(facts, key=lambda f: (f["host"], f["pid"]))
+    ]
+
+
+def watch(study: Study, display: Display, interval: float) -> None:
+    """Follow the study until it is complete, or until Ctrl-C."""
+    follower = Follower(study, display)
+    try:
+        with display:
+            follower.look()
+            if not display.console.is_terminal:
+                display.note(f"{study.name}: {display.summary()}")
+            while follower.look():
+                time.sleep(interval)
+    except KeyboardInterrupt:
+        pass
+    if display.console.is_terminal:
+        display.console.print(display.panel())

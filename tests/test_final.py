@@ -1,0 +1,647 @@
+"""The honest end: what is trained anew, what the figures say, and that the test split is kept.
+
+The search runs by a formula. The final's trainings are real where the training is the matter, else
+their loop is replaced and everything around it is real.
+"""
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FakeStudy
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from nasattn import load_study
+from nasattn.architecture import Architecture, Placement
+from nasattn.cli import app
+from nasattn.config import Experiment
+from nasattn.cost import measure
+from nasattn.data import Data, load
+from nasattn.errors import TrialFailed, UserError
+from nasattn.evaluate import candidate, train
+from nasattn.model import build, load_backbone
+from nasattn.pareto import non_dominated
+from nasattn.record import Cost, Score
+from nasattn.report import write_report
+from nasattn.search import final_text
+from nasattn.search.display import Display
+from nasattn.search.final import Evaluation, contenders, control_of, evaluations
+from nasattn.search.loop import Search
+from nasattn.search.study import FACTS, Study
+from nasattn.seed import derive
+from nasattn.uncertainty import Estimate, membership
+
+Write = Callable[..., Path]
+
+SPACE = {
+    "backbone": {
+        "name": "mobilenet_v2",
+        "width": 0.25,
+        "stem_stride": 4,
+        "head": 16,
+        "divisor": 4,
+        "dropout": 0.1,
+        "rows": [[1, 32, 1, 1], [2, 32, 2, 2], [2, 64, 1, 1]],
+    },
+    "input": [1, 32, 64],
+    "classes": 10,
+    "sites": ["stage*.*"],
+    "blocks": {
+        "lightnl": {"ratio": [0.25, 0.5]},
+        "gcnet": {"ratio": [0.5]},
+        "se": {"ratio": [0.0625, 0.25]},
+    },
+    "max_blocks": 2,
+}
+
+
+# The statistics, against what was worked out by hand or by another way.
+
+
+@pytest.mark.parametrize(
+    ("values", "half"),
+    [  # t tables: t(1) = 12.7062, t(2) = 4.3027, t(4) = 2.7764
+        ((0.90, 0.94), 12.7062 * 0.0282843 / math.sqrt(2)),
+        ((0.90, 0.92, 0.94), 4.3027 * 0.02 / math.sqrt(3)),
+        ((0.1, 0.2, 0.3, 0.4, 0.5), 2.7764 * 0.158114 / math.sqrt(5)),
+    ],
+)
+def test_an_interval_is_that_of_the_t_table(values: tuple[float, ...], half: float) -> None:
+    found = Estimate.of(values)
+    assert found.low is not None and found.high is not None
+    assert (found.mean, found.n) == (pytest.approx(fmean(values)), len(values))
+    assert found.mean - found.low == pytest.approx(half, rel=1e-4)
+    assert found.high - found.mean == pytest.approx(half, rel=1e-4)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert Estimate.of([0.9]).as_dict() == {"mean": 0.9, "low": None, "high": None, "n": 1}
+
+
+def test_two_points_differ_by_a_t_with_a_closed_form() -> None:
+    """The dearer of two is on the frontier when it is better: P(t < T) at 1 and 2 degrees."""
+    for table in ([[0.80, 0.84], [0.83, 0.86]], [[0.80, 0.84, 0.79], [0.83, 0.83, 0.80]]):
+        gains = [b - a for a, b in zip(*table, strict=True)]
+        t = fmean(gains) / (stdev(gains) / math.sqrt(len(gains)))
+        by_hand = {2: 0.5 + math.atan(t) / math.pi, 3: 0.5 + t / (2 * math.sqrt(2 + t * t))}
+        cheap, dear = membership([[1], [2]], table, seed=0) or (0, 0)
+        assert cheap == 1
+        assert dear == pytest.approx(by_hand[len(gains)], abs=0.015)
+
+
+def test_membership_against_brute_force() -> None:
+    rng = random.Random(3)
+    costs = [[1, 5], [2, 2], [2, 2], [3, 4], [4, 1]]
+    table = [[0.8 + 0.01 * i + rng.gauss(0, 0.02) for _ in range(4)] for i in range(5)]
+    found = membership(costs, table, seed=1)
+    means, columns = [fmean(row) for row in table], [fmean(c) for c in zip(*table, strict=True)]
+    grand = fmean(means)
+    errors = sum(
+        (table[i][j] - means[i] - columns[j] + grand) ** 2 for i in range(5) for j in range(4)
+    )
+    hits, draws = [0] * 5, 4000
+    for _ in range(draws):
+        chi = sum(rng.gauss(0, 1) ** 2 for _ in range((5 - 1) * (4 - 1)))
+        drawn = [m + math.sqrt(errors / chi / 4) * rng.gauss(0, 1) for m in means]
+        for i in range(5):
+            hits[i] += not any(
+                costs[j][0] <= costs[i][0]
+                and costs[j][1] <= costs[i][1]
+                and drawn[j] >= drawn[i]
+                and (costs[j] != costs[i] or drawn[j] > drawn[i])
+                for j in range(5)
+                if j != i
+            )
+    assert found is not None
+    assert 0.1 < sorted(found)[1] < 0.9, "the case decides something"
+    assert found == pytest.approx([h / draws for h in hits], abs=0.03)
+
+
+def test_membership_without_noise_is_the_frontier() -> None:
+    costs, means = [[1], [2], [2], [3]], [0.5, 0.75, 0.75, 0.75]  # exact, so are their means
+    found = membership(costs, [[m, m, m] for m in means], seed=0)
+    mask = non_dominated([[c[0], -m] for c, m in zip(costs, means, strict=True)])
+    assert found == mask.astype(float).tolist()
+
+
+def test_membership_ignores_what_a_seed_adds_to_all_and_repeats_itself() -> None:
+    table = np.random.default_rng(0).normal(0.8, 0.02, (4, 3))
+    costs = [[1], [2], [3], [4]]
+    once = membership(costs, table, seed=5)
+    assert once == membership(costs, table, seed=5)
+    shifted = membership(costs, table + np.array([0.0, 0.3, -0.2]), seed=5)
+    assert shifted == pytest.approx(once, abs=1e-3)
+    assert membership(costs, table[:, :1], seed=5) is None, "one seed: the noise is unknown"
+    assert membership([[1]], [[0.8]], seed=5) == [1.0]
+
+
+# What is evaluated, and what the stored evaluations say.
+
+
+def placed(architecture: Architecture, **specs: str) -> Architecture:
+    """stage2_0="se" -> SE at stage2.0."""
+    placements = (Placement.parse(site.replace("_", "."), spec) for site, spec in specs.items())
+    return Architecture(
+        backbone=architecture.backbone,
+        classes=architecture.classes,
+        input=architecture.input,
+        placements=tuple(placements),
+    )
+
+
+def test_the_control_is_se_at_the_same_sites(fake_study: FakeStudy) -> None:
+    plain = fake_study(1, failures=0).trials[0].architecture
+    mixed = placed(plain, stage2_0="lightnl(ratio=0.25)", stage3_0="se(ratio=0.25)")
+    default = placed(plain, stage2_0="se", stage3_0="se")
+    assert control_of(mixed) == default
+    assert control_of(default) is None
+    assert control_of(plain) is None
+
+
+@pytest.fixture
+def study(fake_study: FakeStudy) -> Study:
+    return fake_study(24, final={"seeds": 3, "test": True})
+
+
+priced = cache(measure)
+
+
+def evaluate(study: Study, architecture: Architecture, seed: int, **figures: Any) -> None:
+    cost = priced(architecture)
+    made = Evaluation(seed=seed, architecture=architecture, cost=cost, **figures)
+    study.optuna.set_user_attr(made.name, made.as_dict())
+
+
+def test_contenders_follow_from_the_trials(study: Study) -> None:
+    front = study.frontier()
+    found = contenders(study.trials, front)
+    keys = [c.architecture.key for c in found]
+    assert len(set(keys)) == len(keys)
+    controls = {c.key for t in front if (c := control_of(t.architecture))}
+    assert set(keys) == {t.architecture.key for t in front} | controls | {
+        study.trials[0].architecture.key
+    }
+    assert len(front) > 2 and controls
+    by_key = {c.architecture.key: c for c in found}
+    for trial in front:
+        control = control_of(trial.architecture)
+        contender = by_key[trial.architecture.key]
+        assert contender.trial == trial and "frontier" in contender.roles
+        assert contender.control == (control.key if control else None)
+        if control:
+            assert "control" in by_key[control.key].roles
+            assert keys.index(control.key) != 0
+
+
+def fill(study: Study, skip: frozenset[int] = frozenset()) -> dict[tuple[str, int], Evaluation]:
+    """Store invented figures for all that is asked for but the how manyeth in `skip`."""
+    rng, count = random.Random(7), 0
+    for seed in range(3):
+        for contender in contenders(study.trials, study.frontier()):
+            val, test = 0.7 + 0.2 * rng.random(), 0.7 + 0.2 * rng.random()
+            if count not in skip:
+                evaluate(study, contender.architecture, seed, val=val, test=test)
+            count += 1
+    return evaluations(study.optuna.user_attrs)
+
+
+def test_figures_by_hand(study: Study) -> None:
+    stored = fill(study)
+    final = study.final()
+    assert final is not None
+    assert final["done"] == final["evaluations"] == len(stored)
+    base = study.trials[0].architecture.key
+    rows = {row["key"]: row for row in final["rows"]}
+    gaps: dict[str, list[list[float]]] = {"val": [], "test": []}
+    for key, row in rows.items():
+        for split in ("val", "test"):
+            values, plain, control = (
+                np.array([getattr(stored[k, s], split) for s in range(3)])
+                for k in (key, base, row["control"] or key)
+            )
+            figures = row[split]
+            assert figures["values"] == values.tolist()
+            assert {k: figures[k] for k in ("mean", "low", "high", "n")} == pytest.approx(
+                by_table(values)
+            )
+            if key == base:
+                assert figures["gain"] is None
+            else:
+                assert figures["gain"] == pytest.approx(by_table(values - plain))
+            if row["control"]:
+                assert figures["over_control"] == pytest.approx(by_table(values - control))
+            else:
+                assert figures["over_control"] is None
+            if row["search"] is None:
+                assert figures["gap"] is None and row["number"] is None
+            else:
+                assert figures["gap"] == pytest.approx(by_table(row["search"] - values))
+            if "frontier" in row["roles"] and key != base:
+                gaps[split].append([row["search"] - v for v in values])
+            assert (figures["membership"] is None) == (row["roles"] == ["control"])
+    for split, members in gaps.items():
+        assert len(members) == final["gap"][split]["members"] > 1
+        by_seed = np.array(members).mean(axis=0)
+        assert final["gap"][split]["frontier"] == pytest.approx(by_table(by_seed))
+        assert final["gap"][split]["baseline"] == rows[base][split]["gap"]
+    judged = [r for r in final["rows"] if r["roles"] != ["control"]]
+    expected = membership(
+        [[r["cost"]["macs"]] for r in judged],
+        [r["test"]["values"] for r in judged],
+        seed=derive(study.config.search.seed, "final"),
+    )
+    assert [r["test"]["membership"] for r in judged] == expected
+    assert json.loads(json.dumps(final)) == final, "plain data"
+
+
+def by_table(values: Any) -> dict[str, Any]:
+    mean, half = fmean(values), 4.30265273 * stdev(values) / math.sqrt(3)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 3}
+
+
+def test_unfinished_is_not_judged_and_a_failure_leaves_what_is_paired(study: Study) -> None:
+    fill(study, skip=frozenset({1}))
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"] - 1
+    assert all(r["test"]["membership"] is None for r in final["rows"])
+    missing = final["rows"][1]
+    assert missing["test"]["n"] == 2 and missing["test"]["values"][0] is None
+    assert "(n=2)" in final_text.table(final)[2][1]
+    evaluate(study, contenders(study.trials, study.frontier())[1].architecture, 0, reason="oops")
+    again = study.final()
+    assert again is not None and again["done"] == again["evaluations"] and again["failed"] == 1
+    row, base = again["rows"][1], again["rows"][0]
+    assert row["failures"] == [{"seed": 0, "reason": "oops"}]
+    pairs = zip(row["test"]["values"][1:], base["test"]["values"][1:], strict=True)
+    assert row["test"]["gain"]["mean"] == pytest.approx(fmean(a - b for a, b in pairs))
+    assert row["test"]["membership"] is not None, "from the two seeds that all have"
+    assert any("oops" in line for line in final_text.notes(again))
+
+
+def test_what_left_the_frontier_is_still_shown(study: Study) -> None:
+    fill(study)
+    outsider = next(t for t in study.trials if t.score and t not in study.frontier())
+    evaluate(study, outsider.architecture, 0, val=0.5, test=0.4)
+    final = study.final()
+    assert final is not None
+    row = final["rows"][-1]
+    assert (row["number"], row["roles"]) == (outsider.number, ["former"])
+    assert row["test"]["mean"] == 0.4 and row["test"]["membership"] is None
+
+
+def test_without_test_only_val_is_asked_for(fake_study: FakeStudy) -> None:
+    study = fake_study(8, final={"seeds": 1, "test": False})
+    for contender in contenders(study.trials, study.frontier()):
+        evaluate(study, contender.architecture, 0, val=0.8)
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"]
+    assert all(r["test"] is None and r["val"]["low"] is None for r in final["rows"])
+    assert final_text.table(final)[0][1:3] == ["val", "gain"]
+    assert any("anecdote" in line for line in final_text.notes(final))
+
+
+def test_a_study_without_final_has_none(fake_study: FakeStudy) -> None:
+    study = fake_study(4)
+    assert study.final() is None and study.summary()["final"] is None
+    assert all(row["final"] is None for row in study.frontier_rows())
+
+
+@pytest.mark.parametrize("final", [{"seeds": 0}, {"seed": 3}, {"test": "yes"}, 3])
+def test_config_refuses(fake_study: FakeStudy, final: Any) -> None:
+    with pytest.raises(UserError, match="final"):
+        fake_study(1, failures=0, final=final)
+
+
+def test_the_picture_shows_the_rows(study: Study, tmp_path: Path) -> None:
+    from matplotlib.container import ErrorbarContainer
+
+    from nasattn.report.final import final_figure
+
+    assert not any("final" in p.name for p in write_report(study, tmp_path / "before"))
+    fill(study)
+    final = study.final()
+    assert final is not None
+    figure = final_figure(study, final)
+    axes = figure.axes[0]
+    shown = {c.get_label(): c for c in axes.containers if isinstance(c, ErrorbarContainer)}
+    groups = {
+        "frontier, test": ("test", lambda r: r["roles"][0] == "frontier"),
+        "frontier, val": ("val", lambda r: r["roles"][0] == "frontier"),
+        "plain backbone, test": ("test", lambda r: r["roles"][0] == "baseline"),
+        "plain backbone, val": ("val", lambda r: r["roles"][0] == "baseline"),
+        "SE at the same sites, test": ("test", lambda r: r["roles"] == ["control"]),
+    }
+    assert shown.keys() == groups.keys()
+    for label, (split, mine) in groups.items():
+        rows = [r for r in final["rows"] if mine(r)]
+        heights = shown[label].lines[0].get_ydata()
+        assert heights == pytest.approx([100 * r[split]["mean"] for r in rows])
+        bars = [segment[:, 1] for segment in shown[label].lines[2][0].get_segments()]
+        limits = [100 * r[split][end] for r in rows for end in ("low", "high")]
+        assert np.concatenate(bars) == pytest.approx(limits)
+    assert "selection bias" in figure.get_supxlabel()
+    names = [p.name for p in write_report(study, tmp_path / "after")]
+    assert names[-2:] == ["final.png", "final.svg"]
+
+
+# The run.
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes an experiment file; keyword arguments replace its keys."""
+
+    def written(folder: str = "one", **changes: Any) -> Path:
+        home = tmp_path / folder
+        home.mkdir(exist_ok=True)
+        fields = {
+            "study": "tiny",
+            "storage": "sqlite:///runs/tiny.db",
+            "space": SPACE,
+            "data": {"name": "cued_digits", "train": 96, "val": 64, "test": 64},
+            "training": {"epochs": 1, "batch_size": 32, "lr": 0.01, "warm_start": True},
+            "pretrain": {"epochs": 2},
+            "budget": {"macs": "1.3x"},
+            "search": {"sampler": "random", "trials": 4, "seed": 1},
+            "final": {"seeds": 2},
+        } | changes
+        path = home / "experiment.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
+        return path
+
+    return written
+
+
+class Formula:
+    """Stands for the search's training: an accuracy that follows from the architecture alone."""
+
+    name = "train"
+    stored = True
+
+    def __call__(self, architecture: Architecture, tick: Any, **_: Any) -> tuple[Score, Any]:
+        worth = random.Random(architecture.key).random()
+        accuracy = 0.2 + 0.3 * worth * len(architecture.placements)
+        score = Score(
+            accuracy=accuracy, curve=(accuracy,), epochs=1, seconds=0.5, seed=0, evaluator="train"
+        )
+        return score, {"w": torch.zeros(1)}
+
+    def prepare(self, tick: Any) -> bool:
+        return False
+
+    def estimate(self, trainings: int, *, prepare: bool) -> float:
+        return 0.0
+
+
+def run(path: Path, trials: int = 4) -> Study:
+    search = Search(Experiment.load(path), Display(Console(quiet=True)))
+    search.evaluator = Formula()  # type: ignore[assignment]
+    return search.run(trials)
+
+
+def figures(study: Study) -> dict[tuple[str, int], tuple[float | None, float | None, str]]:
+    stored = evaluations(study.optuna.user_attrs)
+    return {name: (e.val, e.test, e.reason) for name, e in stored.items()}
+
+
+class Trainings:
+    """Replaces the training loop and the test: figures that follow from the seed; counts them, and
+    does at the how manyeth what `events` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **events: BaseException) -> None:
+        self.fits: list[Any] = []
+        self.tests = 0
+        self.events = {int(name[1:]): error for name, error in events.items()}
+        monkeypatch.setattr(candidate, "fit", self.fit)
+        monkeypatch.setattr(candidate, "test", self.test)
+
+    def fit(self, network: Any, data: Any, schedule: Any, *, seed: int, **rest: Any) -> Score:
+        self.fits.append((schedule.epochs, seed))
+        if error := self.events.get(len(self.fits)):
+            raise error
+        value = random.Random(seed).random()
+        return Score(
+            accuracy=value,
+            curve=(value,) * schedule.epochs,
+            epochs=schedule.epochs,
+            seconds=1.0,
+            seed=seed,
+            evaluator="train",
+        )
+
+    def test(self, network: Any, data: Any, **rest: Any) -> float:
+        self.tests += 1
+        return float(sum(p.double().abs().sum() for p in network.parameters()) % 1)
+
+
+def test_all_that_is_asked_for_is_evaluated_once(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trainings(monkeypatch)
+    path = write()
+    study = run(path)
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"] == trained.tests
+    assert len(trained.fits) == final["evaluations"] + 2, "and a backbone a seed"
+    assert Counter(epochs for epochs, _ in trained.fits) == {1: final["evaluations"], 2: 2}
+    assert len({seed for _, seed in trained.fits}) == len(trained.fits), "no seed twice"
+    assert json.loads((study.folder / "final.json").read_text()) == final
+    run(path)
+    assert len(trained.fits) == final["evaluations"] + 2, "nothing is left to do"
+
+
+def test_kills_change_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run dies in its second training, until there is none left to die in."""
+    whole_trained = Trainings(monkeypatch)
+    whole = run(write("whole"))
+    path, fits, kills = write("torn"), 0, 0
+    while True:
+        trained = Trainings(monkeypatch, _2=KeyboardInterrupt())
+        try:
+            torn = run(path)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+            fits += len(trained.fits) - 1
+    assert kills >= len(whole_trained.fits) - 1 > 6
+    assert fits + len(trained.fits) == len(whole_trained.fits), "nothing was trained twice"
+    assert figures(torn) == figures(whole)
+
+
+def test_two_workers_share_the_work(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write()
+    run(write(final=None))
+    trained = Trainings(monkeypatch)
+    write()
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, (path, path))
+    final = one.final()
+    assert final is not None and final == other.final()
+    assert final["done"] == final["evaluations"] == trained.tests, "each once"
+    assert len(trained.fits) == final["evaluations"] + 2, "and a backbone a seed"
+
+
+def test_an_extended_search_keeps_what_was_evaluated(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trainings(monkeypatch)
+    path = write()
+    first = figures(run(path, 4))
+    before = len(trained.fits)
+    study = run(path, 16)
+    later = figures(study)
+    assert first.items() < later.items()
+    assert len(trained.fits) - before == len(later) - len(first), "the backbones were kept"
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"]
+    front = {t.architecture.key for t in study.frontier()}
+    assert front == {r["key"] for r in final["rows"] if "frontier" in r["roles"]}
+    assert {key for key, _ in later} == {r["key"] for r in final["rows"]}
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = {"_2": TrialFailed("out of memory"), "_4": ZeroDivisionError("oops")}
+    trained = Trainings(monkeypatch, **events)
+    path = write()
+    study = run(path)
+    final = study.final()
+    assert final is not None and final["failed"] == 2 and final["done"] == final["evaluations"]
+    reasons = {f["reason"] for r in final["rows"] for f in r["failures"]}
+    assert reasons == {"out of memory", "ZeroDivisionError: oops"}
+    count = len(trained.fits)
+    run(path)
+    assert len(trained.fits) == count, "a failure is an answer"
+
+
+def test_a_backbone_that_fails_costs_its_seed_alone(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainings(monkeypatch, _1=TrialFailed("the loss is nan at step 3"))
+    final = run(write()).final()
+    assert final is not None
+    for row in final["rows"]:
+        (failure,) = row["failures"]
+        assert failure["seed"] == 0 and "plain backbone" in failure["reason"]
+        assert row["test"]["n"] == 1
+
+
+def test_final_may_be_asked_for_and_changed_later(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trainings(monkeypatch)
+    study = run(write(final=None))
+    assert trained.fits == [] and study.final() is None
+    study = run(write(final={"seeds": 1, "test": False}))
+    assert trained.tests == 0 and study.config.final is not None
+    assert load_study(study.storage, "tiny").config.final == study.config.final
+    one, once = len(trained.fits), figures(study)
+    more = run(write(final={"seeds": 2, "test": False}))
+    assert len(trained.fits) == 2 * one
+    assert once.items() < figures(more).items()
+    tested = run(write(final={"seeds": 2, "test": True}))
+    assert trained.tests == len(figures(tested)), "with a test, all have to be trained again"
+    with pytest.raises(UserError, match=r"training\.lr"):
+        run(write(training={"epochs": 1, "batch_size": 32, "lr": 0.02, "warm_start": True}))
+    facts = tested.optuna.user_attrs[FACTS]["experiment"]
+    assert facts["final"] == {"seeds": 2, "test": True} and facts["search"]["trials"] == 4
+
+
+def test_without_a_warm_start_all_are_trained_by_the_full_schedule(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trainings(monkeypatch)
+    training = {"epochs": 1, "batch_size": 32, "lr": 0.01, "seeds": 3}
+    final = run(write(training=training, pretrain={"epochs": 5})).final()
+    assert final is not None
+    assert [epochs for epochs, _ in trained.fits] == [5] * final["evaluations"]
+
+
+def test_an_evaluation_survives_json(study: Study) -> None:
+    fill(study)
+    loaded = evaluations(study.optuna.user_attrs)
+    some = next(iter(loaded.values()))
+    assert Evaluation.from_dict(json.loads(json.dumps(some.as_dict()))) == some
+    assert isinstance(some.cost, Cost)
+
+
+def test_real_trainings_touch_the_test_split_once_each(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also: a figure is what the same training gives by hand, from that seed's own backbone."""
+    loader, asked = Data.loader, []
+
+    def spied(data: Data, split: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(split)
+        return loader(data, split, *rest, **options)
+
+    monkeypatch.setattr(Data, "loader", spied)
+    space = SPACE | {"blocks": {"gcnet": {"ratio": [0.5]}}, "max_blocks": 1}
+    path = write(space=space, search={"sampler": "random", "trials": 2, "seed": 1}, final=None)
+    search = Search(Experiment.load(path), Display(Console(quiet=True)))
+    search.run(2)
+    assert set(asked) == {"train", "val"}, "the search has no use of it"
+    asked.clear()
+    path = write(space=space, search={"sampler": "random", "trials": 2, "seed": 1})
+    study = Search(Experiment.load(path), Display(Console(quiet=True))).run(2)
+    final = study.final()
+    assert final is not None and final["failed"] == 0
+    assert asked.count("test") == final["evaluations"] == 2 * len(final["rows"])
+    backbones = [load_file(p) for p in sorted(study.folder.glob("final/*/backbone.safetensors"))]
+    assert len(backbones) == 2
+    assert any(not torch.equal(a, backbones[1][k]) for k, a in backbones[0].items())
+
+    row, seed = final["rows"][-1], 1
+    config, architecture = study.config, study.trials[1].architecture
+    if row["key"] != architecture.key:
+        architecture = study.trials[0].architecture
+        row = final["rows"][0]
+    data = load(config.data, architecture.input, architecture.classes)
+    own = derive(derive(config.search.seed, "final", seed), architecture.key, 0)
+    torch.manual_seed(own)
+    network = build(architecture)
+    load_backbone(network, backbones[seed])
+    score = train.fit(network, data, config.training, seed=own, where=config.trainer)
+    assert row["val"]["values"][seed] == score.accuracy
+    by_hand = train.test(network, data, batch_size=32, where=config.trainer)
+    assert row["test"]["values"][seed] == by_hand
+
+
+def test_the_commands_show_it(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainings(monkeypatch)
+    monkeypatch.setattr("nasattn.search.loop.Evaluator", lambda *_: Formula())
+    path = str(write())
+    invoke = CliRunner().invoke
+    searched = invoke(app, ["search", path])
+    assert searched.exit_code == 0, searched.output
+    for part in ("evaluations to go, about", "left]", "final of tiny: 2 seeds", "selection bias"):
+        assert part in searched.output
+    status = json.loads(invoke(app, ["status", path, "--json"]).output)
+    study = load_study(f"sqlite:///{Path(path).parent}/runs/tiny.db", "tiny")
+    assert status["final"] == study.final()
+    done = status["final"]["done"]
+    assert f"{done} of {done} evaluations" in invoke(app, ["status", path]).output
+    front = json.loads(invoke(app, ["pareto", path, "--json"]).output)
+    for row, trial in zip(front, study.frontier(), strict=True):
+        assert trial.as_dict().items() <= row.items()
+        again = row["final"]
+        assert again["key"] == trial.architecture.key and again["test"]["n"] == 2
+        control = control_of(trial.architecture)
+        assert (again["se"] or {"key": None})["key"] == (control.key if control else None)
+    assert "final of tiny" in invoke(app, ["pareto", path]).output
+    pictures = invoke(app, ["report", path]).output
+    assert "final.png" in pictures

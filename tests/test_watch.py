@@ -1,0 +1,159 @@
+"""What a person sees of a study from outside: the panel, the lines, and when they end."""
+
+import io
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import FakeStudy
+from rich.cells import cell_len
+from rich.console import Console
+
+from nasattn.record import Trial
+from nasattn.search.display import Display, Worker, sparkline
+from nasattn.search.study import Study, accuracy
+from nasattn.search.watch import Follower, described
+
+FACTS = [
+    {"host": "a", "pid": 12, "task": "trial 20: ccnet @ stage3.0", "share": 0.5, "accuracy": 0.8},
+    {"host": "a", "pid": 9, "task": "waiting", "refused": 7},
+]
+
+
+@pytest.fixture(scope="module")
+def whole(fake_study: FakeStudy) -> Study:
+    """20 trials, the last two failed."""
+    return fake_study(20, failures=2, search={"trials": 20})
+
+
+class Running:
+    """A study that is seen to go on: the first `count` of its trials, and these workers."""
+
+    def __init__(self, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.facts = 0, list[dict[str, Any]]()
+        trials = study.trials
+        monkeypatch.setattr(Study, "trials", property(lambda s: trials[: self.count]))
+        monkeypatch.setattr(Study, "workers", lambda s: self.facts)
+
+
+@pytest.fixture
+def running(whole: Study, monkeypatch: pytest.MonkeyPatch) -> Running:
+    return Running(whole, monkeypatch)
+
+
+def plain() -> tuple[Display, io.StringIO]:
+    text = io.StringIO()
+    return Display(Console(file=text, width=200)), text
+
+
+def panel(display: Display, width: int, height: int = 40) -> list[str]:
+    console = Console(force_terminal=True, width=width, height=height, color_system=None)
+    display.console = console
+    with console.capture() as captured:
+        console.print(display.panel())
+    return captured.get().splitlines()
+
+
+def test_each_trial_is_told_once_and_the_end_is_seen(whole: Study, running: Running) -> None:
+    display, text = plain()
+    follower = Follower(whole, display)
+    running.count, running.facts = 5, FACTS
+    assert follower.look()
+    assert text.getvalue() == "", "what is over is no news"
+    for running.count in (5, 8, 8, 19):
+        assert follower.look()
+    running.count, running.facts = 20, FACTS[:1]
+    assert follower.look(), "somebody works on"
+    running.facts = []
+    assert not follower.look(), "complete, and nobody works"
+    lines = text.getvalue().splitlines()
+    told = [int(m[1]) for line in lines if (m := re.match(r"trial +(\d+) ", line))]
+    assert told == list(range(5, 20))
+    failed = [line for line in lines if "failed: out of memory" in line]
+    assert len(failed) == 2
+    assert [line for line in lines if line.startswith("worker")] == [
+        "worker pid 9 ended",
+        "worker pid 12 ended",
+    ]
+
+
+def test_an_unfinished_study_without_workers_is_waited_for(whole: Study, running: Running) -> None:
+    display, text = plain()
+    follower = Follower(whole, display)
+    running.count = 3
+    assert follower.look()
+    running.facts = FACTS
+    assert follower.look()
+    assert text.getvalue().splitlines() == ["worker pid 12 began", "worker pid 9 began"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_panel_says_it_all_on_lines_that_fit(
+    whole: Study, running: Running, width: int
+) -> None:
+    display, _ = plain()
+    running.count, running.facts = 20, FACTS
+    Follower(whole, display).look()
+    lines = panel(display, width)
+    assert all(cell_len(line) <= width for line in lines)
+    text = "\n".join(lines)
+    best = max(accuracy(t) for t in whole.trials if t.score)
+    for said in (
+        "20/20  18 scored, 2 failed",
+        f"{best:.4f}  trial",
+        f"{len(whole.frontier())} trials  hypervolume {whole.hypervolume():.4f}",
+        "7 over budget or max_blocks",
+        "50%  0.8000  trial 20: ccnet @ stage3.0",
+        "waiting",
+        "trial 19: out of memory",
+    ):
+        assert said in text, said
+
+
+def test_many_workers_fit_a_low_terminal(whole: Study, running: Running) -> None:
+    display, _ = plain()
+    running.count = 20
+    running.facts = [{"host": "a", "pid": pid, "task": "trains"} for pid in range(50)]
+    Follower(whole, display).look()
+    lines = panel(display, 80, height=24)
+    assert len(lines) <= 24
+    shown = sum("trains" in line for line in lines)
+    assert shown > 0 and f"... and {50 - shown} more workers" in "\n".join(lines)
+
+
+def test_workers_of_several_hosts_are_named_by_both() -> None:
+    both = described([*FACTS, {"host": "b", "pid": 3}])
+    assert [w.where for w in both] == ["a:9", "a:12", "b:3"]
+    assert described(FACTS)[1] == Worker(
+        where="pid 12", task="trial 20: ccnet @ stage3.0", share=0.5, accuracy=0.8
+    )
+
+
+def test_growth_is_the_hypervolume_of_each_prefix(whole: Study) -> None:
+    scored: list[Trial] = [t for t in whole.trials if t.score]
+    each = whole.growth(whole.trials, parts=100)
+    assert each == pytest.approx([whole.hypervolume(scored[: n + 1]) for n in range(len(scored))])
+    assert whole.growth(whole.trials, parts=4) == pytest.approx([each[i] for i in (3, 8, 12, 17)])
+    assert each[-1] == pytest.approx(whole.hypervolume()) and each[0] < each[-1]
+    assert whole.growth([]) == []
+
+
+def test_a_sparkline_reaches_from_the_least_to_the_largest() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([0.3, 0.3]) == "▁▁"
+    assert sparkline([]) == ""
+
+
+def test_the_command_ends_with_a_complete_study(whole: Study) -> None:
+    code = "from nasattn.cli import main; main()"
+    arguments = ["--storage", whole.storage, "--study", whole.name]
+    run = subprocess.run(
+        [sys.executable, "-c", code, "status", "--watch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("fake: best 0.")

@@ -224,7 +224,7 @@ class Training(Schedule):
 class Search(Strict):
     """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted."""
 
-    sampler: Literal["frontier", "tpe", "nsga2", "random"] = "tpe"
+    sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
     trials: Positive = 40
     seed: Natural = 0
     workers: Annotated[Int, Field(ge=1, le=1)] = 1

@@ -130,11 +130,15 @@ def rows(study: Study) -> list[tuple[int, str, float | None]]:
     ]
 
 
+QUICK = [name for name in SAMPLERS if name != "gp"]  # Optuna's GP takes half a second a proposal
+EVERY = [*QUICK, pytest.param("gp", marks=pytest.mark.slow)]
+
+
 def search_options(sampler: str) -> dict[str, Any]:
     return {"sampler": sampler, "seed": 3} | ({"population": 8} if sampler == "nsga2" else {})
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", QUICK)
 def test_twelve_and_twelve_are_twenty_four(write: Write, sampler: str) -> None:
     options = search_options(sampler)
     whole = by_formula(write("whole", search=options), 24)
@@ -144,7 +148,7 @@ def test_twelve_and_twelve_are_twenty_four(write: Write, sampler: str) -> None:
     assert [t.number for t in parts.trials] == list(range(24))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", QUICK)
 def test_interruptions_change_nothing(write: Write, sampler: str) -> None:
     options = search_options(sampler)
     whole = by_formula(write("whole", search=options), 20)
@@ -156,7 +160,7 @@ def test_interruptions_change_nothing(write: Write, sampler: str) -> None:
     assert rows(torn) == rows(whole)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", EVERY)
 def test_a_death_within_a_proposal_changes_nothing(
     write: Write, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +187,7 @@ def test_a_death_within_a_proposal_changes_nothing(
     assert rows(torn) == rows(whole)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", EVERY)
 def test_proposals_are_new_feasible_and_sparse(write: Write, sampler: str) -> None:
     space = SPACE | {"max_blocks": 2}
     study = by_formula(

@@ -12,7 +12,14 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseGASampler, BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseGASampler,
+    BaseSampler,
+    GPSampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -27,11 +34,12 @@ TRIES = 10  # draws from the sampler before the gate takes the last one's neares
 
 SAMPLERS: Mapping[str, Callable[["Gate", int], BaseSampler]] = {
     "frontier": lambda gate, seed: frontier(gate, seed),
-    "random": lambda gate, seed: RandomSampler(seed=seed),
+    "tpe": lambda gate, seed: TPESampler(seed=seed, constant_liar=True),
     "nsga2": lambda gate, seed: NSGAIISampler(
         population_size=gate.search.population or 20, seed=seed
     ),
-    "tpe": lambda gate, seed: TPESampler(seed=seed),
+    "gp": lambda gate, seed: GPSampler(seed=seed),
+    "random": lambda gate, seed: RandomSampler(seed=seed),
 }
 
 
@@ -62,7 +70,7 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
 
 class Gate(BaseSampler):
     """A sampler whose every proposal is new and feasible, and follows from (study seed, slot) and
-    the finished rows alone. `slot` is set before each ask; slot 0 is the plain backbone."""
+    the study's rows alone. `slot` is set before each ask; slot 0 is the plain backbone."""
 
     def __init__(self, candidates: Candidates, search: Search, objectives: Sequence[str]) -> None:
         self.candidates = candidates
@@ -97,7 +105,8 @@ class Gate(BaseSampler):
                 self.slot > STARTUP or isinstance(inner, FrontierSampler)
             )
         row: dict[str, str] = {}
-        for _ in range(TRIES if informed else 0):
+        tries = 1 if isinstance(inner, GPSampler) else TRIES  # its next would cost a second more
+        for _ in range(tries if informed else 0):
             row = candidates.thinned(_propose(inner, study, trial, search_space), rng)
             if tuple(row.values()) not in seen and candidates.fits(row):
                 return row
@@ -118,11 +127,12 @@ class Gate(BaseSampler):
 
 
 def in_memory(study: Study) -> tuple[Study, FrozenTrial]:
-    """The finished rows in memory, and a trial to propose for. TPE asks its storage for all rows at
-    each parameter of each draw: many times the price of the proposal on a database."""
+    """The finished rows and the whole proposals under evaluation, in memory, and a trial to propose
+    for. TPE asks its storage for all rows at each parameter of each draw: many times the price of
+    the proposal on a database."""
     copy = optuna.create_study(directions=study.directions)
     rows = study.get_trials(deepcopy=False)
-    copy.add_trials(row for row in rows if row.state.is_finished() and not dropped(row))
+    copy.add_trials(row for row in rows if row.params and not dropped(row))
     number = copy.ask().number
     return copy, copy.get_trials(deepcopy=False)[number]
 

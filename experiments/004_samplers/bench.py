@@ -157,11 +157,33 @@ def pymoo_rows(
         done += len(rows)
 
 
+def morea_rows(
+    bench: NASBench201 | Synthetic, seed: int, trials: int
+) -> Iterator[tuple[dict[str, int], float]]:
+    """Syne Tune's multi-objective regularised evolution, with the population of the others."""
+    from syne_tune.config_space import choice
+    from syne_tune.optimizer.schedulers.multiobjective import MultiObjectiveRegularizedEvolution
+
+    searcher = MultiObjectiveRegularizedEvolution(
+        {name: choice(list(range(n))) for name, n in bench.options.items()},
+        population_size=20,
+        random_seed=seed,
+    )
+    for number in range(trials):
+        began = time.process_time()
+        row = {name: int(searcher.suggest()[name]) for name in bench.options}
+        seconds = time.process_time() - began
+        searcher.on_trial_complete(str(number), dict(row), list(bench.measured(row)))
+        yield row, seconds
+
+
 def proposals(
     method: str, bench: NASBench201 | Synthetic, seed: int, trials: int
 ) -> Iterator[tuple[dict[str, int], float]]:
     if method == "pymoo":
         return pymoo_rows(bench, seed, trials)
+    if method == "morea":
+        return morea_rows(bench, seed, trials)
     axes = len(bench.measured(dict.fromkeys(bench.options, 0)))
     costs = {i: (lambda row, i=i: bench.cost(row, i)) for i in range(1, axes)}
     samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
@@ -173,7 +195,7 @@ def proposals(
     return optuna_rows(bench, samplers[method](), trials)
 
 
-METHODS = ("frontier", "random", "nsga2", "tpe", "pymoo")
+METHODS = ("frontier", "random", "nsga2", "tpe", "pymoo", "morea")
 FIELDS = ("table", "costs", "method", "seed", *(f"hv{n}" for n in AT), "repeats", "ms")
 
 
@@ -189,7 +211,10 @@ def one(method: str, bench: NASBench201 | Synthetic, seed: int) -> dict[str, flo
 
 
 def run(file: Path, seeds: range, methods: list[str], tables: list[str]) -> None:
+    """Append what is missing to the file; an interrupted run goes on."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    have = list(csv.DictReader(file.open())) if file.exists() else []
+    done = {(r["table"], r["costs"], r["method"], int(r["seed"])) for r in have}
     with file.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS)
         if not stream.tell():
@@ -200,6 +225,8 @@ def run(file: Path, seeds: range, methods: list[str], tables: list[str]) -> None
             for costs in (COSTS if name in TABLES else [("sum",)])
         }
         for seed, (name, costs), method in itertools.product(seeds, benches, methods):
+            if (name, costs, method, seed) in done:
+                continue
             head = {"table": name, "costs": costs, "method": method, "seed": seed}
             writer.writerow({**head, **one(method, benches[name, costs], seed)})
             stream.flush()
@@ -215,7 +242,8 @@ def table(files: list[Path]) -> None:
         runs = list(group)
 
         def median(field: str, runs: list[dict[str, str]] = runs) -> float:
-            return statistics.median(float(row[field]) for row in runs)
+            values = [float(row[field]) for row in runs]
+            return statistics.median([v for v in values if v == v] or [float("nan")])
 
         volumes = " | ".join(f"{median(f'hv{n}'):.3f}" for n in AT)
         worst = min(float(row["hv200"]) for row in runs)

@@ -3,6 +3,7 @@ space of 17 sites by 11 options.
 
     python bench.py run FILE.csv [--seeds 10] [--methods frontier ...] [--tables cifar100 ...]
     python bench.py table FILE.csv ...
+    python bench.py draw FILE.csv ...      into hypervolume.svg beside the first file
 
 Error is 100 minus the validation accuracy, the mean of the table's three seeds. Error and costs are
 min-max normalised over the 15,625 networks; reference 1 on each axis; hypervolume is given over
@@ -253,9 +254,40 @@ def table(files: list[Path]) -> None:
         )
 
 
+def draw(files: list[Path], picture: Path) -> None:
+    """Medians over the seeds, and from the worst to the best seed for the frontier sampler."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "samplers"
+    rows = [row for file in files for row in csv.DictReader(file.open())]
+    panels = sorted({(row["table"], row["costs"]) for row in rows})
+    figure, axes = plt.subplots(-(-len(panels) // 4), 4, figsize=(13, 8), layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for method in METHODS:
+            runs = [r for r in rows if (r["table"], r["costs"], r["method"]) == (*panel, method)]
+            if not runs:
+                continue
+            found = np.array([[float(run[f"hv{n}"]) for n in AT] for run in runs])
+            (line,) = axis.plot(AT, np.median(found, axis=0), marker="o", ms=3, label=method)
+            if method == "frontier":
+                axis.fill_between(
+                    AT, found.min(axis=0), found.max(axis=0), color=line.get_color(), alpha=0.2
+                )
+        axis.set(title=f"{panel[0]}: {panel[1].replace('_', ' ')}", xscale="log")
+        axis.set_xticks(AT, [str(n) for n in AT])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    figure.supxlabel("evaluations")
+    figure.supylabel("hypervolume (17x11: itself; else over that of the exact front)")
+    figure.savefig(picture, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "draw"))
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -263,6 +295,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "table":
         table(args.files)
+    elif args.what == "draw":
+        draw(args.files, args.files[0].with_name("hypervolume.svg"))
     else:
         run(args.files[0], range(args.seeds), args.methods, args.tables)
 

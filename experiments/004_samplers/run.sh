@@ -5,3 +5,4 @@ cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
 python bench.py run results.csv "$@"
 python bench.py table results.csv
+python bench.py draw results.csv

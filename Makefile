@@ -2,8 +2,6 @@ PY := .venv/bin/python
 
 .PHONY: setup quickstart test lint clean
 
-EXTRAS := export,dev
-
 setup: .venv/ready
 
 .venv/ready: pyproject.toml

@@ -11,13 +11,14 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from nasattn.pareto import hypervolume
 from nasattn.pareto import non_dominated as slow_non_dominated
-from nasattn.search.frontier import START
+from nasattn.search import frontier
+from nasattn.search.frontier import LEARNED, START
 from nasattn.search.samplers import Exhausted, FrontierSampler
-from nasattn.search.surrogate import expected_growth, log_normal, non_dominated
+from nasattn.search.surrogate import Process, expected_growth, log_normal, non_dominated
 
 Params = dict[str, Any]
 SITES, OPTIONS = 6, ("none", "small", "wide", "deep")
@@ -249,6 +250,70 @@ def test_a_constant_objective_is_survived(constant: float) -> None:
     study = study_of(FrontierSampler({1: lambda p: constant}, space=SPACE))
     study.optimize(lambda t: (constant, objective(t)[1] * 0 + constant), n_trials=START + 5)
     assert len(set(keys(study))) == START + 5
+
+
+def test_two_unknown_objectives_are_learned_in_their_own_directions() -> None:
+    """The weight is unknown too and wanted large: one more than the errors and the costs above."""
+    both = lambda p: [error(p), weight(p), cost(p)]  # noqa: E731
+    worst = [1.01, 0.0, 90.0]
+
+    def volume(study: optuna.Study) -> float:
+        points = [[e, -w, c] for e, w, c in (t.values for t in study.trials)]
+        return hypervolume(points, worst)
+
+    for seed in range(2):
+        studies = [
+            study_of(sampler, directions=["minimize", "maximize", "minimize"])
+            for sampler in (
+                FrontierSampler({2: cost}, seed),
+                optuna.samplers.RandomSampler(seed=seed),
+            )
+        ]
+        for study in studies:
+            study.optimize(lambda t: both(objective(t) and t.params), n_trials=40)
+        assert len(set(keys(studies[0]))) == 40
+        assert volume(studies[0]) > volume(studies[1])
+
+
+def test_a_long_study_is_learned_in_part_and_nothing_of_it_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where every row is on the frontier."""
+    wide = {f"s{i}": CategoricalDistribution(range(11)) for i in range(17)}
+    price = lambda p: float(sum(v * 11**i for i, v in enumerate(p.values())))  # noqa: E731
+    rng = random.Random(0)
+    drawn = [{name: rng.randrange(11) for name in wide} for _ in range(3 * LEARNED)]
+    study = study_of(FrontierSampler({1: price}))
+    study.add_trials(
+        [create_trial(params=p, distributions=wide, values=[-price(p), price(p)]) for p in drawn]
+    )
+    learned = []
+
+    class Counted(Process):
+        def __init__(self, inputs: Any, values: Any) -> None:
+            learned.append(len(values))
+            super().__init__(inputs, values)
+
+    monkeypatch.setattr(frontier, "Process", Counted)
+    proposed = study.ask(wide).params
+    assert LEARNED <= learned[0] <= 2 * LEARNED
+    assert proposed not in drawn
+
+
+def test_what_is_running_is_taken_for_what_it_is_expected_to_be() -> None:
+    """A candidate like it is then worth less; what it was worth itself is spent."""
+    sampler = FrontierSampler({1: cost})
+    study = study_of(sampler)
+    study.optimize(objective, n_trials=30)
+    space = frontier._Space(sampler, dict.fromkeys(SPACE, OPTIONS), random.Random(0), {})
+    complete = [(space.row(t.params), tuple(t.values)) for t in study.trials]
+    rows = lambda running: frontier._Rows(complete, running, set())  # type: ignore[arg-type]  # noqa: E731
+    alone = frontier._Model(sampler, space, rows([]), [1, 1])
+    candidates = [r for r in space.changes(alone.members, 100) if r not in dict(complete)]  # type: ignore[arg-type]
+    worth = alone.score(candidates)
+    best = candidates[int(np.argmax(worth))]
+    beside = frontier._Model(sampler, space, rows([best]), [1, 1])
+    assert beside.score([best])[0] < 0.5 * max(worth)
 
 
 def test_a_small_space_is_exhausted_whole_and_then_refused() -> None:

@@ -3,6 +3,7 @@ space of 17 sites by 11 options.
 
     python bench.py run FILE.csv [--seeds 10] [--methods frontier ...] [--tables cifar100 ...]
     python bench.py table FILE.csv ...
+    python bench.py draw FILE.csv ...      into hypervolume.svg beside the first file
 
 Error is 100 minus the validation accuracy, the mean of the table's three seeds. Error and costs are
 min-max normalised over the 15,625 networks; reference 1 on each axis; hypervolume is given over
@@ -157,11 +158,33 @@ def pymoo_rows(
         done += len(rows)
 
 
+def morea_rows(
+    bench: NASBench201 | Synthetic, seed: int, trials: int
+) -> Iterator[tuple[dict[str, int], float]]:
+    """Syne Tune's multi-objective regularised evolution, with the population of the others."""
+    from syne_tune.config_space import choice
+    from syne_tune.optimizer.schedulers.multiobjective import MultiObjectiveRegularizedEvolution
+
+    searcher = MultiObjectiveRegularizedEvolution(
+        {name: choice(list(range(n))) for name, n in bench.options.items()},
+        population_size=20,
+        random_seed=seed,
+    )
+    for number in range(trials):
+        began = time.process_time()
+        row = {name: int(searcher.suggest()[name]) for name in bench.options}
+        seconds = time.process_time() - began
+        searcher.on_trial_complete(str(number), dict(row), list(bench.measured(row)))
+        yield row, seconds
+
+
 def proposals(
     method: str, bench: NASBench201 | Synthetic, seed: int, trials: int
 ) -> Iterator[tuple[dict[str, int], float]]:
     if method == "pymoo":
         return pymoo_rows(bench, seed, trials)
+    if method == "morea":
+        return morea_rows(bench, seed, trials)
     axes = len(bench.measured(dict.fromkeys(bench.options, 0)))
     costs = {i: (lambda row, i=i: bench.cost(row, i)) for i in range(1, axes)}
     samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
@@ -173,7 +196,7 @@ def proposals(
     return optuna_rows(bench, samplers[method](), trials)
 
 
-METHODS = ("frontier", "random", "nsga2", "tpe", "pymoo")
+METHODS = ("frontier", "random", "nsga2", "tpe", "pymoo", "morea")
 FIELDS = ("table", "costs", "method", "seed", *(f"hv{n}" for n in AT), "repeats", "ms")
 
 
@@ -189,7 +212,10 @@ def one(method: str, bench: NASBench201 | Synthetic, seed: int) -> dict[str, flo
 
 
 def run(file: Path, seeds: range, methods: list[str], tables: list[str]) -> None:
+    """Append what is missing to the file; an interrupted run goes on."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    have = list(csv.DictReader(file.open())) if file.exists() else []
+    done = {(r["table"], r["costs"], r["method"], int(r["seed"])) for r in have}
     with file.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS)
         if not stream.tell():
@@ -200,6 +226,8 @@ def run(file: Path, seeds: range, methods: list[str], tables: list[str]) -> None
             for costs in (COSTS if name in TABLES else [("sum",)])
         }
         for seed, (name, costs), method in itertools.product(seeds, benches, methods):
+            if (name, costs, method, seed) in done:
+                continue
             head = {"table": name, "costs": costs, "method": method, "seed": seed}
             writer.writerow({**head, **one(method, benches[name, costs], seed)})
             stream.flush()
@@ -215,7 +243,8 @@ def table(files: list[Path]) -> None:
         runs = list(group)
 
         def median(field: str, runs: list[dict[str, str]] = runs) -> float:
-            return statistics.median(float(row[field]) for row in runs)
+            values = [float(row[field]) for row in runs]
+            return statistics.median([v for v in values if v == v] or [float("nan")])
 
         volumes = " | ".join(f"{median(f'hv{n}'):.3f}" for n in AT)
         worst = min(float(row["hv200"]) for row in runs)
@@ -225,9 +254,40 @@ def table(files: list[Path]) -> None:
         )
 
 
+def draw(files: list[Path], picture: Path) -> None:
+    """Medians over the seeds, and from the worst to the best seed for the frontier sampler."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "samplers"
+    rows = [row for file in files for row in csv.DictReader(file.open())]
+    panels = sorted({(row["table"], row["costs"]) for row in rows})
+    figure, axes = plt.subplots(-(-len(panels) // 4), 4, figsize=(13, 8), layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for method in METHODS:
+            runs = [r for r in rows if (r["table"], r["costs"], r["method"]) == (*panel, method)]
+            if not runs:
+                continue
+            found = np.array([[float(run[f"hv{n}"]) for n in AT] for run in runs])
+            (line,) = axis.plot(AT, np.median(found, axis=0), marker="o", ms=3, label=method)
+            if method == "frontier":
+                axis.fill_between(
+                    AT, found.min(axis=0), found.max(axis=0), color=line.get_color(), alpha=0.2
+                )
+        axis.set(title=f"{panel[0]}: {panel[1].replace('_', ' ')}", xscale="log")
+        axis.set_xticks(AT, [str(n) for n in AT])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    figure.supxlabel("evaluations")
+    figure.supylabel("hypervolume (17x11: itself; else over that of the exact front)")
+    figure.savefig(picture, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "draw"))
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -235,6 +295,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "table":
         table(args.files)
+    elif args.what == "draw":
+        draw(args.files, args.files[0].with_name("hypervolume.svg"))
     else:
         run(args.files[0], range(args.seeds), args.methods, args.tables)
 

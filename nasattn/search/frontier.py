@@ -41,7 +41,7 @@ POOL = 300  # random draws a proposal, and as many changes of the frontier's mem
 CLIMBS, CLIMBERS = 3, 4  # rounds of one-step changes of so many of the best candidates
 DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
 LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
-LEARNED = 300  # rows the model learns from: the frontier's and the latest
+LEARNED = 300  # rows the model learns from: so many of the frontier's and of all, the latest
 CACHED = 50_000  # costs and constraints remembered
 PROPOSAL = "nasattn:proposal"  # what a running trial whose parameters are not yet stored will be
 
@@ -357,7 +357,7 @@ class _Model:
         points = self.signs * np.array([values for _, values in rows.complete])
         codes = [row for row, _ in rows.complete]
         best = non_dominated(points)
-        kept = sorted({*best, *range(len(codes))[-LEARNED:]})
+        kept = sorted({*best[-LEARNED:], *range(len(codes))[-LEARNED:]})
         self.members = [codes[i] for i in best]
         self._low = points[:, self.known].min(0)
         self._range = np.ptp(points[:, self.known], axis=0)

@@ -12,6 +12,7 @@ The seeds are the outer loop: whatever is there when it is stopped, is whole for
 import csv
 import sys
 import time
+from itertools import combinations, permutations
 from pathlib import Path
 from statistics import fmean
 
@@ -79,7 +80,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def tau() -> None:
-    """Kendall's tau-b between each rung and the end, of one training and of the means over seeds."""
+    """Kendall's tau-b between each rung and the end, of the same training and of another seed's."""
     table = rows()
     rungs = [int(n.removeprefix("rung_")) for n in table[0] if n.startswith("rung_")]
     count = {r["repeat"]: 0 for r in table}
@@ -94,12 +95,12 @@ def tau() -> None:
         by = {r: {row["key"]: row for row in some if row["repeat"] == r} for r in repeats}
         for rung in rungs[:-1]:
             same = [_tau(by[r], rung, by[r], rungs[-1]) for r in repeats]
-            other = [
-                _tau(by[a], rung, by[b], rungs[-1]) for a in repeats for b in repeats if a != b
-            ]
+            pairs = permutations(repeats, 2)
+            other = [_tau(by[a], rung, by[b], rungs[-1]) for a, b in pairs]
             line = f"rung {rung} to {rungs[-1]}, {label}: {fmean(same):.3f} within a seed"
             print(line + (f", {fmean(other):.3f} to another seed's end" if other else ""))
-        ends = [_tau(by[a], rungs[-1], by[b], rungs[-1]) for a in repeats for b in repeats if a < b]
+        pairs = combinations(repeats, 2)
+        ends = [_tau(by[a], rungs[-1], by[b], rungs[-1]) for a, b in pairs]
         if ends:
             print(f"end to another seed's end, {label}: {fmean(ends):.3f} (the noise's ceiling)")
 

@@ -200,9 +200,12 @@ DataFile = Annotated[CuedDigits | ImageFolder, Field(discriminator="name")]
 class Schedule(Strict):
     """How a network is trained. `ema` is the decay of the weights' running mean (0: none), `clip`
     the largest gradient norm (0: none), `warmup` the share of the steps in which the rate rises,
-    `decay` the share of the epochs in which `wsd` (warm-up, stable, decay) lets it fall to 0."""
+    `decay` the share of the epochs in which `wsd` (warm-up, stable, decay) lets it fall to 0.
+    epoch_steps: end an epoch after so many batches, drawn anew each time; of use where the train
+    split is large, since validation, checkpoints and rungs come at the ends of epochs."""
 
     epochs: Positive = 1
+    epoch_steps: Positive | None = None
     batch_size: Positive = 64
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 5e-3

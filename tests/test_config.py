@@ -394,6 +394,45 @@ def test_only_a_skeleton_varies(folder: Path) -> None:
     assert "warm_start: got true with a space that varies the backbone" in line
 
 
+def halving(**search: object) -> Experiment:
+    training = {"epochs": search.pop("epochs", 9), "schedule": search.pop("schedule", "wsd")}
+    fields = yaml.safe_load(EXPERIMENT) | {"space": yaml.safe_load(SPACE), "training": training}
+    return Experiment.from_dict(fields | {"search": {"stopping": "pareto_halving"} | search})
+
+
+def test_rungs_of_halving() -> None:
+    assert halving().rungs == (1, 3, 9)
+    assert halving(epochs=10, eta=2).rungs == (1, 2, 5, 10)
+    assert halving(epochs=50).rungs == (2, 6, 17, 50)
+    assert halving(rungs=[2, 9]).rungs == (2, 9)
+    assert halving(rungs=[2, 9]).as_dict()["search"]["rungs"] == [2, 9]
+    assert halving(stopping="none", schedule="onecycle").rungs == (9,)
+    schedule = halving().training
+    assert [schedule.decay_epochs(r) for r in (1, 3, 9, 10, 12)] == [1, 1, 2, 2, 3]
+    assert halving(stopping="none", schedule="cosine").training.decay_epochs(9) == 9
+
+
+@pytest.mark.parametrize(
+    ("search", "says"),
+    [
+        ({"schedule": "onecycle"}, r"stopping: got pareto_halving .*onecycle.*; allowed with: wsd"),
+        ({"rungs": [3, 3, 9]}, r"rungs: got \[3, 3, 9\]; allowed: increasing, .* \(9\)"),
+        (
+            {"rungs": [1, 3]},
+            r"rungs: got \[1, 3\]; allowed: increasing, the last one training.epochs",
+        ),
+        ({"rungs": [9]}, r"search.rungs: .*at least 2 items"),
+        ({"rungs": [0, 9]}, r"search.rungs.*: got 0"),
+        ({"rungs": [1, 9], "stopping": "none"}, "they are of use with search.stopping only"),
+        ({"epochs": 2}, r"training.epochs: got 2, .*no second rung"),
+        ({"eta": 1}, "search.eta: got 1; should be greater than 1"),
+    ],
+)
+def test_rungs_that_are_refused(search: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        halving(**search)
+
+
 def test_several_mistakes_at_once(folder: Path) -> None:
     text = EXPERIMENT.replace("epochs: 2", "epochs: 0").replace("lr: 5.0e-3", "lr: x")
     text = text.replace("tpe", "tpy").replace("trainer", "trainr").replace("60k", "0")

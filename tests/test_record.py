@@ -51,6 +51,15 @@ def test_top5_only_where_it_is_known() -> None:
     assert Score.mean([unknown[0], TWO]).top5 == 1.0
 
 
+def test_rungs() -> None:
+    first, second = (replace(s, rungs=(s.accuracy, 1.0)) for s in (ONE, TWO))
+    assert Score.mean([first, second]).rungs == (0.625, 1.0)
+    fields = json.loads(json.dumps(first.as_dict()))
+    assert Score.from_dict(fields) == first
+    del fields["rungs"]  # as an earlier version wrote it
+    assert Score.from_dict(fields) == ONE
+
+
 def test_repeats_of_unequal_length_have_no_mean_curve() -> None:
     with pytest.raises(ValueError, match="shorter"):
         Score.mean([ONE, replace(TWO, curve=(0.5,))])

@@ -1,9 +1,13 @@
 """Training that pauses: what goes on from a checkpoint is what was never interrupted, bit for bit;
 rungs are annealed points of one trunk."""
 
+import gc
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +78,10 @@ class Randomly:
 
 @pytest.fixture(scope="module")
 def data() -> Data:
+    return cued()
+
+
+def cued() -> Data:
     sizes = CuedDigits(name="cued_digits", train=96, val=64, test=64)
     whole = load(sizes, (1, 32, 64), 10)
     return Data(
@@ -148,7 +156,7 @@ HALVING = {"search": {"stopping": "pareto_halving", "rungs": [2, 3, 6]}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "wsd": {},
     "onecycle, sgd": {"training": TRAINING | {"schedule": "onecycle", "optimizer": "sgd"}},
-    "ema, clip, repeats": {"training": TRAINING | {"ema": 0.8, "clip": 1.0, "seeds": 2}},
+    "clip, repeats": {"training": TRAINING | {"epochs": 3, "clip": 1.0, "seeds": 2}},
     "rungs, ema": HALVING | {"training": TRAINING | {"ema": 0.8}},
 }
 
@@ -174,7 +182,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(
         except Interrupted:
             torn += 1
         assert again.notes == []  # type: ignore[attr-defined]
-    assert result is not None and torn >= 3
+    assert result is not None and torn >= 2
     assert same(result, expected)
     assert same(again(candidate(), quiet, checkpoints=kept, rung=rung), expected), "trained again"
 
@@ -264,16 +272,13 @@ def test_a_checkpoint_of_no_use_is_reported_and_the_training_restarts(
     (kept / "0").mkdir(parents=True)
     file = kept / "0" / "trunk.safetensors"
     file.write_bytes((home / "kept" / "0" / "trunk.safetensors").read_bytes())
-    changes = {"search": {"seed": 1}} if how == "foreign" else {}
-    if how != "foreign":
-        spoil(file, how)
-    made = evaluator(data, home, **changes)
-    if how == "foreign":
-        made.seed = lambda *a: 5  # type: ignore[method-assign]
-        made._backbone = expected[1]
-        made._backbone = evaluator(data, home)._stored()
-        expected = made(candidate(), quiet)
+    made = evaluator(data, home)
     made.prepare(quiet)
+    if how == "foreign":
+        made.seed = lambda *parts: 5  # type: ignore[method-assign]
+        expected = made(candidate(), quiet)
+    else:
+        spoil(file, how)
     shares: list[float] = []
     result = made(candidate(), lambda share, _: shares.append(share), checkpoints=kept)
     assert shares[0] < 0.1, "it began at the beginning"
@@ -340,6 +345,60 @@ def test_the_backbone_goes_on_too(data: Data, tmp_path: Path) -> None:
     assert whole._backbone is not None and torn._backbone is not None
     assert equal(whole._backbone, torn._backbone)
     assert {p.name for p in torn.folder.iterdir()} == {"backbone.safetensors"}
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_going_on(data: Data, half: Half, tmp_path: Path) -> None:
+    """A process of its own, killed in the middle of a step, three times over."""
+    home, expected = half
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_training import *
+from test_training import cued
+made = evaluator(cued(), Path({str(home)!r}))
+made.prepare(quiet)
+made(candidate(), lambda share, _: print(share, flush=True), checkpoints=Path(sys.argv[1]))
+"""
+    kept, starts = tmp_path / "kept", []
+    for stop in (0.2, 0.5, 0.9):
+        command = [sys.executable, "-c", code, str(kept)]
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert worker.stdout is not None
+        shares = (float(line) for line in worker.stdout)
+        starts.append(next(shares))
+        while next(shares) < stop:
+            pass
+        worker.kill()
+        worker.communicate()
+        assert worker.returncode == -signal.SIGKILL
+    assert starts == sorted(starts) and starts[-1] > 0.6
+    made = evaluator(data, home)
+    made.prepare(quiet)
+    assert same(made(candidate(), quiet, checkpoints=kept), expected)
+    assert made.notes == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_many_trainings(data: Data, tmp_path: Path) -> None:
+    """Objects that the collector knows, and tensors among them, after 5 trainings and after 25."""
+    made = evaluator(data, tmp_path, training=TRAINING | {"epochs": 2, "ema": 0.5})
+    made.prepare(quiet)
+
+    def alive(trainings: int) -> tuple[int, int]:
+        for number in range(trainings):
+            made(candidate(), quiet, checkpoints=tmp_path / f"{trainings}-{number}")
+        gc.collect()
+        objects = gc.get_objects()
+        return len(objects), sum(issubclass(type(o), Tensor) for o in objects)
+
+    assert gc.get_freeze_count() == 0
+    objects, tensors = alive(5)
+    more_objects, more_tensors = alive(20)
+    assert more_tensors == tensors
+    assert more_objects - objects < 20 * 5, "Lightning alone makes thousands a training"
+    assert gc.get_freeze_count() == 0
 
 
 # --- the rate ---

@@ -71,7 +71,7 @@ class Evaluator:
         scores, weights = [], None
         for repeat in range(training.seeds):
             seed = self.seed(architecture, repeat)
-            network = self._start(architecture, seed)
+            network = self.start(architecture, seed)
             files = self._checkpoints(
                 checkpoints and checkpoints / str(repeat),
                 architecture,
@@ -160,11 +160,16 @@ class Evaluator:
                     batches=few,
                 )
                 seconds = time.perf_counter() - start
-        epochs = trainings * training.seeds * training.epochs
-        epochs += self.experiment.pretrain.epochs if prepare else 0
-        return epochs * seconds / few * (len(self.data.train) / training.batch_size)
+        steps = trainings * training.seeds * self._steps(training)
+        steps += self._steps(self.experiment.pretrain) if prepare else 0
+        return steps * seconds / few
 
-    def _start(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+    def _steps(self, schedule: Schedule) -> float:
+        whole = len(self.data.train) / schedule.batch_size
+        return schedule.epochs * min(whole, schedule.epoch_steps or whole)
+
+    def start(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+        """The network as its training finds it."""
         torch.manual_seed(seed)
         network = build(architecture)
         if self.experiment.training.warm_start:

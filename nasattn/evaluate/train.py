@@ -9,6 +9,7 @@ import gc
 import logging
 import time
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,14 +19,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
 from nasattn.errors import TrialFailed
 from nasattn.evaluate.checkpoint import (
     Checkpoints,
-    Point,
     State,
     copies,
     generators,
@@ -37,7 +36,7 @@ from nasattn.evaluate.checkpoint import (
     put_optimizer,
     seed_generators,
 )
-from nasattn.evaluate.rate import rate
+from nasattn.evaluate.classifier import Classifier
 from nasattn.record import Score
 
 Tick = Callable[[float, float | None], None]  # (share of the training done, last accuracy)
@@ -51,81 +50,6 @@ NOISE = (
     ".*`_pytree`.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
 )
-
-
-class Classifier(pl.LightningModule):
-    """A network with its loss, its optimiser and its accuracies, from the epoch of `state` on."""
-
-    def __init__(
-        self, network: nn.Module, schedule: Schedule, state: State, *, classes: int, layout: Any
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.schedule, self.state, self.layout = schedule, state, layout
-        self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
-        tops = {"accuracy": 1} | ({"top5": 5} if classes > 5 else {})
-        self.metrics = nn.ModuleDict(
-            {
-                name: MulticlassAccuracy(classes, top_k=k, average="micro")
-                for name, k in tops.items()
-            }
-        )
-        self.points: list[Point] = list(state.points)
-
-    @property
-    def epoch_steps(self) -> int:
-        return int(self.trainer.num_training_batches)
-
-    @property
-    def step(self) -> int:
-        """Steps done on the whole path; Lightning counts those since it was started."""
-        return self.state.epoch * self.epoch_steps + int(self.global_step)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.network(x.to(memory_format=self.layout))
-        return y
-
-    def on_train_batch_start(self, batch: Any, index: int) -> None:
-        now = rate(self.schedule, self.step, epoch_steps=self.epoch_steps, rung=self.state.rung)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = now
-
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        x, y = batch
-        loss: Tensor = self.loss(self(x), y)
-        # A NaN stays in the weights, so looking now and then finds it without a sync a step.
-        if (index % 16 == 0 or index + 1 == self.epoch_steps) and not loss.isfinite():
-            raise TrialFailed(f"the loss is {loss.item()} at step {self.step}")
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        x, y = batch
-        logits = self(x)
-        if not logits.isfinite().all():
-            raise TrialFailed(f"the network's output is not finite after step {self.step}")
-        for metric in self.metrics.values():
-            metric.update(logits, y)  # type: ignore[operator]
-
-    def on_validation_epoch_end(self) -> None:
-        values = {name: float(m.compute()) for name, m in self.metrics.items()}  # type: ignore[operator]
-        for metric in self.metrics.values():
-            metric.reset()  # type: ignore[operator]
-        self.points.append(values)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return _optimizer(self.network, self.schedule)
-
-
-def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """Vectors and scalars (biases, norms, the blocks' zero-initialised scales) are not decayed."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=True)
-    return torch.optim.AdamW(groups, lr=schedule.lr)
 
 
 class _Mean(EMAWeightAveraging):
@@ -144,8 +68,9 @@ class _Mean(EMAWeightAveraging):
 class _Keeper(Callback):
     """Starts a leg from a State, makes one after every epoch, and tells how far the training is."""
 
-    def __init__(self, state: State, mean: _Mean | None, run: "_Run") -> None:
-        self.state, self.start, self.mean, self.run = state, state, mean, run
+    def __init__(self, state: State, until: int, mean: _Mean | None, run: "_Run") -> None:
+        self.state, self.start, self.until = state, state, until
+        self.mean, self.run = mean, run
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         put_optimizer(trainer.optimizers[0], self.state.part("optimizer"))
@@ -161,25 +86,32 @@ class _Keeper(Callback):
         self._report(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        epoch = self.state.epoch + 1
+        facts: dict[str, Any] = {
+            "epoch": epoch,
+            "spent": self.state.spent + 1,
+            "points": tuple(pl_module.points),
+        }
+        if epoch == self.until or self.run.checkpoints:
+            facts |= self._capture(trainer, pl_module)
+        self.state = replace(self.state, **facts)
+        self.run.write(self.state)
+        self._report(pl_module)
+
+    def _capture(self, trainer: Any, module: Any) -> dict[str, Any]:
         tensors, others = generators()
         parts = {
-            "network": held(pl_module.network),
+            "network": held(module.network),
             "optimizer": optimizer_tensors(trainer.optimizers[0]),
             "mean": self.mean.tensors() if self.mean else {},
             "random": tensors,
         }
-        self.state = replace(
-            self.state,
-            epoch=self.state.epoch + 1,
-            spent=self.state.spent + 1,
-            points=tuple(pl_module.points),
-            seconds=self.run.seconds,
-            scaler=trainer.precision_plugin.state_dict(),
-            random=others,
-            tensors={k: v for name, part in parts.items() for k, v in copies(name, part).items()},
-        )
-        self.run.write(self.state)
-        self._report(pl_module)
+        return {
+            "seconds": self.run.seconds,
+            "scaler": trainer.precision_plugin.state_dict(),
+            "random": others,
+            "tensors": dict(ChainMap(*(copies(name, part) for name, part in parts.items()))),
+        }
 
     def _report(self, module: Any) -> None:
         spent = self.start.spent + module.global_step / module.epoch_steps
@@ -257,7 +189,7 @@ class _Run:
             layout=self.layout,
         )
         mean = _Mean(decay=self.schedule.ema) if self.schedule.ema else None
-        keeper = _Keeper(state, mean, self)
+        keeper = _Keeper(state, until, mean, self)
         aside = state.rung not in (None, self.schedule.epochs)
         trainer = _trainer(
             self.where,
@@ -362,7 +294,7 @@ def _trainer(
         check_val_every_n_epoch=validate_every,
         gradient_clip_val=schedule.clip or None,
         callbacks=callbacks,
-        limit_train_batches=batches,
+        limit_train_batches=batches or schedule.epoch_steps,
         limit_val_batches=batches,
         logger=False,
         enable_checkpointing=False,
@@ -379,6 +311,10 @@ def _training(where: TrainerFile) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     threads = torch.get_num_threads()
     torch.set_num_threads(where.threads)
+    # Lightning's objects hold one another, so only the collector gives them back. What was there
+    # before is kept out of its sight: to look through all of torch takes .4 s.
+    if thaw := not gc.get_freeze_count():
+        gc.freeze()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -400,6 +336,8 @@ def _training(where: TrainerFile) -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         gc.collect()
+        if thaw:
+            gc.unfreeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The table of real learning curves (an hour or so of one core; goes on where it stopped), and what it says.
+set -euo pipefail
+cd "$(dirname "$0")"
+export OMP_NUM_THREADS=1
+python curves.py 3
+python curves.py tau

@@ -50,9 +50,19 @@ def search(
     trials: Trials = None,
     storage: Storage = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
+    new_study: Annotated[
+        bool, typer.Option("--new-study", help="Begin anew, as NAME-2 where NAME is taken.")
+    ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
-    _search(_experiment(experiment, storage, workers), trials)
+    loaded = _experiment(experiment, storage, workers)
+    if new_study:
+        from nasattn.search.study import free_name
+
+        name = free_name(loaded.storage, loaded.study)
+        print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
+        loaded = loaded.model_copy(update={"study": name})
+    _search(loaded, trials)
 
 
 @app.command()

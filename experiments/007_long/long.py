@@ -2,7 +2,7 @@
 
     python long.py make runs/long.db [--trials 5000]    writes it, in seconds
     python long.py measure runs/long.db                 processor seconds of each command
-    python long.py loop runs/long.db [--trials 20]      of the first proposal, and of each further trial
+    python long.py loop runs/long.db [--trials 20]      of the first proposal, of each trial
 
 17 sites by 11 options (MobileNetV2 on 32x64 maps, about 5e17 architectures), budget 1.25x. The rows
 are those that a search writes, but for their accuracy, which a formula gives.

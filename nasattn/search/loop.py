@@ -112,7 +112,7 @@ class Search:
 
     def _announce(self, total: int, done: int, count: int | None) -> None:
         space, note = self.space, self.display.note
-        for text in self.data.notes:
+        for text in (*self.study.notes, *self.data.notes):
             note(text)
         if space.dropped:
             lines = {f"{spec} @ {site}: {why}" for site, spec, why in space.dropped}

@@ -14,7 +14,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -24,6 +24,8 @@ from nasattn.config import Experiment, Limit, differences, storage_url
 from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
+from nasattn.search.growth import GROWING, gains, grow, losses, told
+from nasattn.search.lease import alive
 from nasattn.search.rows import Database
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
@@ -62,6 +64,7 @@ class Study:
         self.facts: Mapping[str, Any] = facts
         stored = facts["experiment"] | {"storage": storage}
         self.config = Experiment.from_dict(stored, f"study '{self.name}'")
+        self.notes: list[str] = []  # what a search should say of how it was opened
         self._finished: dict[int, Trial] = {}
 
     @property
@@ -174,7 +177,15 @@ class Study:
     def workers(self) -> list[dict[str, Any]]:
         """What each live worker says of itself: host, pid, task, share, accuracy, refused."""
         lease = self.optuna.user_attrs.get("lease")
-        return [lease] if lease else []
+        return [lease] if lease and alive(lease) else []
+
+    @property
+    def engine(self) -> Engine:
+        """Of the database."""
+        storage = self.optuna._storage
+        backend = getattr(storage, "_backend", storage)  # Optuna wraps it in a cache
+        assert isinstance(backend, RDBStorage)
+        return backend.engine
 
     def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
         plain = self.facts["plain"]
@@ -291,22 +302,59 @@ def open_study(
         created.set_user_attr(FACTS, stored)
     study = optuna.load_study(study_name=experiment.study, storage=database, sampler=sampler)
     opened = Study(study, storage)
-    _refuse_edits(opened, experiment)
+    if grown := _grow(opened, experiment, facts):
+        # Loaded anew: Optuna keeps the trials and the choices that it has read.
+        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
+        opened = Study(study, storage)
+        opened.notes.append(grown)
     return opened
 
 
-def _refuse_edits(study: Study, experiment: Experiment) -> None:
+def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
+    """Take up a space that has grown; what is new, or the empty string.
+
+    A UserError for any other edit: what differs, and the ways out.
+    """
+    old, edited = study.facts, experiment.as_dict()
     edits = [
         line
-        for line in differences(study.config.as_dict(), experiment.as_dict())
+        for line in differences(study.config.as_dict(), edited)
         if not line.startswith(tuple(f"{key}: " for key in FREE))
     ]
-    if edits:
+    new = {**old, **facts, "experiment": old["experiment"] | {"space": edited["space"]}}
+    lost = losses(old, new)
+    if lost or not all(line.startswith(GROWING) for line in edits):
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
-            + "\n".join(f"  {line}" for line in edits)
-            + "\nUndo the edits to go on with it, or give the experiment another `study:` name."
+            + "".join(f"  {line}\n" for line in edits)
+            + (f"Its trials need what is gone: {told(lost)}.\n" if lost else "")
+            + "Undo the edits to go on with it, or start another study: give the experiment "
+            "another `study:` name, or use --new-study."
         )
+    if not edits and new["choices"] == old["choices"]:
+        return ""
+    if workers := study.workers():
+        who = ", ".join(f"{w['host']}:{w['pid']}" for w in workers)
+        raise UserError(
+            f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
+            f"study; now it is searched by {who}: stop that, then run this again"
+        )
+    grow(study.engine, study.optuna._study_id, FACTS, old, new)
+    return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
+
+
+def free_name(storage: str, name: str) -> str:
+    """The name, or NAME-2 and so on, that no study of the database has."""
+    storage = _checked_url(storage)
+    path = sqlite_path(storage)
+    taken = set[str]()
+    if path is None or path.exists():
+        taken = {s.study_name for s in connect(storage).get_all_studies()}
+    return next(
+        n
+        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        if n not in taken
+    )
 
 
 def connect(storage: str) -> RDBStorage:

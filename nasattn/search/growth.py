@@ -90,8 +90,9 @@ def _widen(
     here = and_(row.param_name == site, row.trial_id.in_(ours))
     texts = connection.scalars(select(row.distribution_json).where(here).distinct()).all()
     for before in texts:
-        choices = json_to_distribution(before).choices
-        moved = {float(i): float(specs.index(spec)) for i, spec in enumerate(choices)}
+        held = json_to_distribution(before)
+        assert isinstance(held, CategoricalDistribution)
+        moved = {float(i): float(specs.index(str(spec))) for i, spec in enumerate(held.choices)}
         connection.execute(
             update(row)
             .where(here, row.distribution_json == before)

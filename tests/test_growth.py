@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def write(tmp_path: Path) -> Write:
 
 def dump(study: Study) -> list[str]:
     """All that a sqlite database holds."""
-    with sqlite3.connect(study.storage.removeprefix("sqlite:///")) as connection:
+    with closing(sqlite3.connect(study.storage.removeprefix("sqlite:///"))) as connection:
         return list(connection.iterdump())
 
 
@@ -71,6 +72,7 @@ def grown_is_right(before: Study, old: list[Any], after: Study) -> None:
     assert after.facts["size"] == str(space.size())
     reader = RDBStorage(after.storage)
     read = reader.get_all_trials(reader.get_study_id_from_name(after.name))
+    reader.engine.dispose()
     for row, trial in zip(read, after.trials, strict=True):
         assert space.decode(row.params) == trial.architecture
         assert row.distributions == {
@@ -85,7 +87,11 @@ def grown_is_right(before: Study, old: list[Any], after: Study) -> None:
 
 @pytest.mark.parametrize(
     ("sampler", "database"),
-    [*((name, "sqlite") for name in SAMPLERS), ("frontier", "postgres"), ("nsga2", "postgres")],
+    [
+        *((name, "sqlite") for name in SAMPLERS),
+        pytest.param("frontier", "postgres", marks=pytest.mark.slow),
+        pytest.param("nsga2", "postgres", marks=pytest.mark.slow),
+    ],
 )
 def test_a_grown_space_goes_on(
     write: Write, sampler: str, database: str, request: pytest.FixtureRequest
@@ -106,7 +112,10 @@ def test_a_grown_space_goes_on(
     new = {spec for t in after.trials[12:] for spec in t.architecture.specs.values()}
     assert new - {s for specs in before.facts["choices"].values() for s in specs}
     assert any(len(t.architecture.placements) == 3 for t in after.trials)
-    assert not searching(path).study.notes, "it has grown once"
+    again = searching(path).study
+    assert not again.notes, "it has grown once"
+    for study in (before, grown, after, again):
+        study.engine.dispose()
 
 
 def test_what_was_interrupted_goes_on_in_the_grown_space(write: Write) -> None:
@@ -167,13 +176,13 @@ def test_it_waits_until_nobody_works(write: Write, monkeypatch: pytest.MonkeyPat
 def test_other_studies_stay_as_they_are(write: Write) -> None:
     storage = by_formula(write(SMALL, study="other"), 4).storage
     other = load_study(storage, "other")
-    rows_before = repr(other.optuna.get_trials())
+    rows_before, trials = repr(other.optuna.get_trials()), rows(other)
     by_formula(write(SMALL), 4)
     by_formula(write(GROWN), 5)
     again = load_study(storage, "other")
     assert repr(again.optuna.get_trials()) == rows_before
     assert again.facts == other.facts
-    assert rows(by_formula(write(SMALL, study="other"), 5))[:4] == rows(other)
+    assert rows(by_formula(write(SMALL, study="other"), 5))[:4] == trials
 
 
 @pytest.mark.parametrize("statement", [3, 9])

@@ -2,13 +2,15 @@ PY := .venv/bin/python
 
 .PHONY: setup quickstart test lint clean
 
+EXTRAS := export,dev
+
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
 	@if command -v uv >/dev/null; then \
-		uv venv --quiet --allow-existing .venv && uv pip install --quiet --python $(PY) -e '.[export,dev]'; \
+		uv venv --quiet --allow-existing .venv && uv pip install --quiet --python $(PY) -e '.[$(EXTRAS)]'; \
 	else \
-		python3 -m venv .venv && $(PY) -m pip install --quiet -e '.[export,dev]'; \
+		python3 -m venv .venv && $(PY) -m pip install --quiet -e '.[$(EXTRAS)]'; \
 	fi
 	@touch $@
 

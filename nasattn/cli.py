@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasattn.errors import TrialFailed, UserError
+from nasattn.errors import Stopped, TrialFailed, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +41,7 @@ Trials = Annotated[
     int | None,
     typer.Option(min=1, help="Finished trials in the whole study, the baseline counted."),
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that train, on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 
 
@@ -49,32 +50,35 @@ def search(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
     trials: Trials = None,
     storage: Storage = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
+    workers: Workers = None,
     new_study: Annotated[
         bool, typer.Option("--new-study", help="Begin anew, as NAME-2 where NAME is taken.")
     ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
-    loaded = _experiment(experiment, storage, workers)
+    loaded = _experiment(experiment, storage)
     if new_study:
         from nasattn.search.study import free_name
 
         name = free_name(loaded.storage, loaded.study)
         print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
         loaded = loaded.model_copy(update={"study": name})
-    _search(loaded, trials)
+    _search(loaded, trials, workers)
 
 
 @app.command()
 def resume(
-    storage: Annotated[str, typer.Option(help="Database URL.", metavar="URL")],
+    storage: Annotated[
+        str, typer.Option(envvar="NASATTN_STORAGE", help="Database URL.", metavar="URL")
+    ],
     study: Annotated[str, typer.Option(help="The study's name.", metavar="NAME")],
     trials: Trials = None,
+    workers: Workers = None,
 ) -> None:
     """Go on with a study from its database alone: the experiment is stored in it."""
     from nasattn.search.study import load_study
 
-    _search(load_study(storage, study).config, trials)
+    _search(load_study(storage, study).config, trials, workers)
 
 
 @app.command()
@@ -266,14 +270,19 @@ def blocks(
         _print_blocks(rows)
 
 
-def _search(experiment: "Experiment", trials: int | None) -> None:
+def _search(experiment: "Experiment", trials: int | None, workers: int | None) -> None:
     from nasattn.search.display import Display
     from nasattn.search.loop import Search
+    from nasattn.search.workers import search_with
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    found = Search(experiment, Display(_console()))
+    total, count = trials or experiment.search.trials, workers or experiment.search.workers
+    display = Display(_console())
     try:
-        study = found.run(trials or experiment.search.trials)
+        if count > 1:
+            study = search_with(experiment, total, count, display)
+        else:
+            study = Search(experiment, display).run(total)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -282,12 +291,10 @@ def _search(experiment: "Experiment", trials: int | None) -> None:
     print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
 
 
-def _experiment(path: Path, storage: str | None = None, workers: int | None = None) -> "Experiment":
+def _experiment(path: Path, storage: str | None = None) -> "Experiment":
     from nasattn.config import Experiment, storage_url
 
     experiment = Experiment.load(path)
-    if workers not in (None, 1):
-        raise UserError(f"--workers: got {workers}; allowed for now: 1")
     if storage is not None:
         try:
             experiment = experiment.model_copy(update={"storage": storage_url(storage)})
@@ -312,8 +319,10 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
 def _print_summary(summary: "dict[str, Any]") -> None:
     """A line for each, whole: for files and pipes."""
     for key, value in summary.items():
-        if key != "failures":
+        if key not in ("workers", "failures"):
             print(f"{key:>12}  {value}")
+    for worker in summary["workers"]:
+        print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")
     for failure in summary["failures"]:
         print(f"  trial {failure['number']} failed: {failure['reason']}")
 
@@ -436,6 +445,10 @@ def main() -> None:
     except UserError as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(2)
-    except TrialFailed as error:
+    except (TrialFailed, Stopped) as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -198,7 +199,8 @@ DataFile = Annotated[CuedDigits | ImageFolder, Field(discriminator="name")]
 
 class Schedule(Strict):
     """How a network is trained. `ema` is the decay of the weights' running mean (0: none), `clip`
-    the largest gradient norm (0: none), `warmup` the share of the steps in which the rate rises."""
+    the largest gradient norm (0: none), `warmup` the share of the steps in which the rate rises,
+    `decay` the share of the epochs in which `wsd` (warm-up, stable, decay) lets it fall to 0."""
 
     epochs: Positive = 1
     batch_size: Positive = 64
@@ -206,11 +208,17 @@ class Schedule(Strict):
     lr: Rate = 5e-3
     momentum: Share = 0.9
     weight_decay: Annotated[Float, Field(ge=0)] = 0.02
-    schedule: Literal["onecycle", "cosine"] = "onecycle"
+    schedule: Literal["onecycle", "cosine", "wsd"] = "onecycle"
     warmup: Share = 0.25
+    decay: Annotated[Float, Field(gt=0, le=1)] = 0.25
     label_smoothing: Share = 0.0
     ema: Share = 0.0
     clip: Annotated[Float, Field(ge=0)] = 0.0
+
+    def decay_epochs(self, rung: int) -> int:
+        """How many of a rung's epochs are its own, not the trunk's: whole ones, at least one. Only
+        `wsd` has a trunk that rungs share."""
+        return max(1, round(self.decay * rung)) if self.schedule == "wsd" else rung
 
 
 class Training(Schedule):
@@ -222,13 +230,23 @@ class Training(Schedule):
 
 
 class Search(Strict):
-    """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted."""
+    """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted.
 
-    sampler: Literal["frontier", "tpe", "nsga2", "random"] = "tpe"
+    stopping: pareto_halving trains every candidate to the first rung and the better ones on. rungs:
+    their epochs, the last those of the whole training (default: those over eta, eta squared and so
+    on, rounded, down to one epoch).
+    """
+
+    sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
     trials: Positive = 40
     seed: Natural = 0
-    workers: Annotated[Int, Field(ge=1, le=1)] = 1
+    workers: Positive = 1
     population: Annotated[Int, Field(ge=2)] | None = None
+    stopping: Literal["none", "pareto_halving"] = "none"
+    eta: Annotated[Float, Field(gt=1)] = 3.0
+    rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=2)] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _population(self) -> Self:
@@ -325,6 +343,31 @@ class Experiment(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rungs(self) -> Self:
+        search, training = self.search, self.training
+        stops = search.stopping != "none"
+        if stops and training.schedule != "wsd":
+            raise ValueError(
+                f"search.stopping: got {search.stopping} with training.schedule: "
+                f"{training.schedule}, of which a part ranks nothing; allowed with: wsd"
+            )
+        if search.rungs is not None:
+            increasing = all(a < b for a, b in pairwise(search.rungs))
+            if not stops:
+                raise ValueError("search.rungs: they are of use with search.stopping only")
+            if not increasing or search.rungs[-1] != training.epochs:
+                raise ValueError(
+                    f"search.rungs: got {list(search.rungs)}; allowed: increasing, the last one "
+                    f"training.epochs ({training.epochs})"
+                )
+        if stops and len(self.rungs) < 2:
+            raise ValueError(
+                f"training.epochs: got {training.epochs}, of which search.eta {search.eta:g} "
+                "makes no second rung; allowed: more epochs, or a smaller eta"
+            )
+        return self
+
     @field_validator("objectives")
     @classmethod
     def _objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -334,6 +377,20 @@ class Experiment(Strict):
                 f"each once ({', '.join(get_args(Metric))})"
             )
         return names
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The epochs at which a candidate may be stopped; the last: those of the whole training."""
+        search, epochs = self.search, self.training.epochs
+        if search.stopping == "none":
+            return (epochs,)
+        if search.rungs is not None:
+            return search.rungs
+        found, part = {epochs}, epochs / search.eta
+        while part >= 1:
+            found.add(round(part))
+            part /= search.eta
+        return tuple(sorted(found))
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

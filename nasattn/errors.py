@@ -15,6 +15,10 @@ class TrialFailed(Exception):
     """One evaluation cannot give a score; the message is the reason that is recorded."""
 
 
+class Stopped(Exception):
+    """The work cannot go on for now, and nothing is lost: the message says why. Exit code 1."""
+
+
 def suggest(word: object, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` when something allowed is close to the word, else the empty string."""
     near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)

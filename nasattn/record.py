@@ -24,8 +24,10 @@ class Cost:
 class Score:
     """How well a candidate does. `accuracy` is top-1 on validation data, the mean over repeats.
 
-    `curve` is the accuracy after each epoch, `seconds` the wall time of the training, `seed` that
-    of the first repeat. `repeats` holds each repeat's own score where there is more than one.
+    `curve` is the accuracy after each epoch, `rungs` the annealed one at each rung reached so far,
+    `epochs` all that were trained (a rung's decay too), `seconds` the wall time of the training,
+    `seed` that of the first repeat. `repeats` holds each repeat's own score where there is more
+    than one.
     """
 
     accuracy: float
@@ -35,6 +37,7 @@ class Score:
     seed: int
     evaluator: str
     top5: float | None = None
+    rungs: tuple[float, ...] = ()
     repeats: tuple["Score", ...] = ()
 
     @classmethod
@@ -51,6 +54,7 @@ class Score:
             seed=scores[0].seed,
             evaluator=scores[0].evaluator,
             top5=fmean(top5) if top5 else None,
+            rungs=tuple(fmean(rung) for rung in zip(*(s.rungs for s in scores), strict=True)),
             repeats=tuple(scores),
         )
 
@@ -76,12 +80,15 @@ class Score:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Score":
         repeats = tuple(cls.from_dict(f) for f in fields.get("repeats", ()))
-        return cls(**{**fields, "curve": tuple(fields["curve"]), "repeats": repeats})
+        lists = {name: tuple(fields.get(name, ())) for name in ("curve", "rungs")}
+        return cls(**{**fields, **lists, "repeats": repeats})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One slot of a study: an architecture, its cost and, once finished, how it did or why not."""
+    """One slot of a study: an architecture, its cost and, once finished, how it did or why not.
+
+    partial: the score so far of a trial that is running or stopped between rungs."""
 
     number: int
     architecture: Architecture
@@ -89,6 +96,7 @@ class Trial:
     score: Score | None
     state: State
     reason: str = ""
+    partial: Score | None = None
 
     @property
     def baseline(self) -> bool:

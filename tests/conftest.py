@@ -1,7 +1,11 @@
 """What several test files need."""
 
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,40 @@ from nasattn.search.study import FACTS, REASON, SCORE, Study, claim, open_study
 from nasattn.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
+POSTGRES = str(ROOT / "tests/postgres.sh")
 FakeStudy = Callable[..., Study]
+
+
+def run_postgres(*arguments: str) -> str:
+    """What tests/postgres.sh prints; skips where no PostgreSQL is installed."""
+    done = subprocess.run([POSTGRES, *arguments], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(f"PostgreSQL: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """A real PostgreSQL: the one CI started, else one of this session."""
+    if url := os.environ.get("NASATTN_TEST_POSTGRES"):
+        yield url
+        return
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path: the server's user must reach it
+        Path(folder).chmod(0o755)
+        yield run_postgres("start", f"{folder}/postgres")
+        run_postgres("stop", f"{folder}/postgres")
+
+
+@pytest.fixture
+def postgres(postgres_server: str) -> str:
+    """The URL of a new, empty PostgreSQL database."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return f"{postgres_server.rpartition('/')[0]}/{name}"
 
 
 @pytest.fixture(scope="session")

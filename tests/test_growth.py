@@ -1,5 +1,6 @@
 """A space that grows goes on with its study, one that shrinks is refused, and nothing between."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -21,6 +22,7 @@ from nasattn import cli
 from nasattn.architecture import NONE
 from nasattn.config import Experiment
 from nasattn.errors import UserError
+from nasattn.search import growth, lease
 from nasattn.search.growth import grow
 from nasattn.search.samplers import SAMPLERS
 from nasattn.search.study import FACTS, Study, free_name, load_study
@@ -164,13 +166,34 @@ def test_any_other_edit_is_refused(write: Write, change: dict[str, Any], said: s
     assert dump(study) == before
 
 
-def test_it_waits_until_nobody_works(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def worker(write: Write, monkeypatch: pytest.MonkeyPatch) -> lease.Leases:
+    """One that works on a small study."""
+    for module in (lease, growth):
+        monkeypatch.setattr(module, "BEAT", 0.05)
     study = by_formula(write(SMALL), 4)
-    before = dump(study)
-    monkeypatch.setattr(Study, "workers", lambda self: [{"host": "there", "pid": 77}])
-    with pytest.raises(UserError, match="searched by there:77: stop that"):
-        searching(write(GROWN))
-    assert dump(study) == before
+    return lease.Leases(study.engine, study.name)
+
+
+def test_it_waits_until_nobody_works(write: Write, worker: lease.Leases) -> None:
+    with worker:
+        before = load_study(searching(write(SMALL)).study.storage, "tiny").facts
+        with pytest.raises(UserError, match=f"searched by .*:{os.getpid()}: stop that"):
+            searching(write(GROWN))
+        assert load_study(searching(write(SMALL)).study.storage, "tiny").facts == before
+    assert searching(write(GROWN)).study.notes
+
+
+def test_a_dead_machine_is_not_waited_for(
+    write: Write, worker: lease.Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row stands still, and no process of this machine is asked."""
+    monkeypatch.setattr(lease, "STALE", 0.2)
+    worker._who["place"] = "another machine"
+    lease.create_table(worker.engine)
+    worker.renew()
+    assert growth.at_work(worker.engine, "tiny") == []
+    assert searching(write(GROWN)).study.notes
 
 
 def test_other_studies_stay_as_they_are(write: Write) -> None:

@@ -34,14 +34,15 @@ class Split(Protocol):
 class Shuffled(Sampler[int]):
     """Every sample once, in an order and as draws (see Split) that depend on (seed, epoch) alone.
 
-    Lightning calls `set_epoch` before each epoch, also after a resume.
+    Lightning calls `set_epoch` before each epoch; its count starts at 0 also where a training goes
+    on, then `first` epochs are added to it.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
+    def __init__(self, size: int, seed: int, first: int = 0) -> None:
+        self.size, self.seed, self.first, self.epoch = size, seed, first, first
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = self.first + epoch
 
     def __len__(self) -> int:
         return self.size
@@ -66,9 +67,11 @@ class Data:
     notes: list[str] = field(default_factory=list)
     loaders: int = 0
 
-    def loader(self, split: SplitName, batch_size: int, seed: int) -> DataLoader[Batch]:
+    def loader(
+        self, split: SplitName, batch_size: int, seed: int, *, first: int = 0
+    ) -> DataLoader[Batch]:
         """Batches of (x, y). train: shuffled and augmented anew each epoch by (seed, epoch),
-        without the last incomplete batch; val and test: whole and in order.
+        without the last incomplete batch; val and test: whole and in order. first: epochs done.
 
         Raises a UserError where train is smaller than one batch.
         """
@@ -82,7 +85,7 @@ class Data:
         return DataLoader(
             cast("Dataset[Batch]", images),
             batch_size=batch_size,
-            sampler=Shuffled(len(images), seed) if train else None,
+            sampler=Shuffled(len(images), seed, first) if train else None,
             drop_last=train,
             collate_fn=tuple,  # __getitems__ gives the whole batch: nothing is left to collate
             num_workers=self.loaders,

@@ -1,8 +1,9 @@
 """Evaluation of an architecture: built, given the plain backbone's weights, trained, scored."""
 
 import json
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment, Schedule
 from nasattn.data import Data, load
+from nasattn.evaluate.checkpoint import Checkpoints
 from nasattn.evaluate.train import Tick, fit, test, weights_of
 from nasattn.model import build, load_backbone
 from nasattn.record import Score
@@ -27,24 +29,57 @@ class Evaluator:
     """Scores architectures of one experiment, the plain backbone like every other.
 
     With `warm_start` all of them go on from one trained plain backbone, whose weights lie in
-    `folder`; when they are gone it is trained again, from the same seed.
+    `folder`; when they are gone it is trained again, from the same seed. note: told of checkpoints
+    that cannot be used or written.
     """
 
     name = "train"
 
     def __init__(
-        self, experiment: Experiment, data: Data, plain: Architecture, folder: Path
+        self,
+        experiment: Experiment,
+        data: Data,
+        plain: Architecture,
+        folder: Path,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.experiment, self.data, self.plain, self.folder = experiment, data, plain, folder
+        self.note = note
         self._backbone: Weights | None = None
 
-    def __call__(self, architecture: Architecture, tick: Tick) -> tuple[Score, Weights]:
-        """The mean score over the repeats, and the first repeat's weights. Raises TrialFailed."""
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Epochs at which a training may stop; the last: those of the whole schedule."""
+        return self.experiment.rungs
+
+    def __call__(
+        self,
+        architecture: Architecture,
+        tick: Tick,
+        *,
+        checkpoints: Path | None = None,
+        rung: int | None = None,
+    ) -> tuple[Score, Weights]:
+        """The mean score over the repeats, and the first repeat's weights. Raises TrialFailed.
+
+        checkpoints: a folder of this architecture's own; what is found there is gone on with. rung:
+        train to this one of `rungs` and measure those before it too; None: train the whole schedule
+        and nothing beside it.
+        """
         training = self.experiment.training
+        rungs = () if rung is None else self.rungs[: rung + 1]
         scores, weights = [], None
         for repeat in range(training.seeds):
             seed = self.seed(architecture, repeat)
             network = self._start(architecture, seed)
+            files = self._checkpoints(
+                checkpoints and checkpoints / str(repeat),
+                architecture,
+                training,
+                seed,
+                start=self._facts() if training.warm_start else None,
+                rungs=self.rungs if rungs else (),
+            )
             score = fit(
                 network,
                 self.data,
@@ -53,6 +88,8 @@ class Evaluator:
                 where=self.experiment.trainer,
                 evaluator=self.name,
                 tick=partial(_part, tick, repeat, training.seeds),
+                rungs=rungs,
+                checkpoints=files,
             )
             scores.append(score)
             weights = weights or weights_of(network)
@@ -60,14 +97,25 @@ class Evaluator:
         return Score.mean(scores), weights
 
     def from_scratch(
-        self, architecture: Architecture, schedule: Schedule, tick: Tick
+        self,
+        architecture: Architecture,
+        schedule: Schedule,
+        tick: Tick,
+        *,
+        checkpoints: Path | None = None,
     ) -> tuple[Score, Weights]:
         """One training without the backbone's weights."""
         seed = self.seed(architecture, "scratch")
         torch.manual_seed(seed)
         network = build(architecture)
         score = fit(
-            network, self.data, schedule, seed=seed, where=self.experiment.trainer, tick=tick
+            network,
+            self.data,
+            schedule,
+            seed=seed,
+            where=self.experiment.trainer,
+            tick=tick,
+            checkpoints=self._checkpoints(checkpoints, architecture, schedule, seed),
         )
         return score, weights_of(network)
 
@@ -77,9 +125,13 @@ class Evaluator:
             return False
         self._backbone = self._stored()
         if self._backbone is None:
-            score, self._backbone = self.from_scratch(self.plain, self.experiment.pretrain, tick)
+            kept = self.folder / "backbone.checkpoints"
+            score, self._backbone = self.from_scratch(
+                self.plain, self.experiment.pretrain, tick, checkpoints=kept
+            )
             facts = self._facts() | {"accuracy": f"{score.accuracy:.6f}"}
             store(self._file, self._backbone, facts)
+            shutil.rmtree(kept, ignore_errors=True)
             return True
         return False
 
@@ -119,6 +171,28 @@ class Evaluator:
             assert self._backbone is not None, "prepare() comes first"
             load_backbone(network, self._backbone)
         return network
+
+    def _checkpoints(
+        self,
+        folder: Path | None,
+        architecture: Architecture,
+        schedule: Schedule,
+        seed: int,
+        **more: Any,
+    ) -> Checkpoints | None:
+        """more: what else the training is a function of."""
+        if folder is None:
+            return None
+        experiment = self.experiment.as_dict()
+        belongs = {
+            "architecture": architecture.key,
+            "schedule": schedule.model_dump(mode="json"),
+            "seed": seed,
+            "data": experiment["data"],
+            "trainer": experiment["trainer"],
+            **more,
+        }
+        return Checkpoints(folder=folder, belongs=belongs, note=self.note)
 
     @property
     def _file(self) -> Path:

@@ -1,27 +1,43 @@
 """The only training loop: Lightning's, around one classifier, the same for every network.
 
 A training is a function of (network, data, schedule, seed): on the CPU with the same number of
-threads it gives the same weights bit for bit.
+threads it gives the same weights bit for bit, also when it was interrupted and went on. So that
+there is no other way than the one that is tested, every leg of it starts from a State.
 """
 
 import gc
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
 from nasattn.errors import TrialFailed
+from nasattn.evaluate.checkpoint import (
+    Checkpoints,
+    Point,
+    State,
+    copies,
+    generators,
+    generators_kept,
+    held,
+    optimizer_tensors,
+    put,
+    put_generators,
+    put_optimizer,
+    seed_generators,
+)
+from nasattn.evaluate.rate import rate
 from nasattn.record import Score
 
 Tick = Callable[[float, float | None], None]  # (share of the training done, last accuracy)
@@ -38,14 +54,14 @@ NOISE = (
 
 
 class Classifier(pl.LightningModule):
-    """A network with its loss, its optimiser and its accuracies."""
+    """A network with its loss, its optimiser and its accuracies, from the epoch of `state` on."""
 
     def __init__(
-        self, network: nn.Module, schedule: Schedule, *, steps: int, classes: int, layout: Any
+        self, network: nn.Module, schedule: Schedule, state: State, *, classes: int, layout: Any
     ) -> None:
         super().__init__()
         self.network = network
-        self.schedule, self.steps, self.layout = schedule, steps, layout
+        self.schedule, self.state, self.layout = schedule, state, layout
         self.loss = nn.CrossEntropyLoss(label_smoothing=schedule.label_smoothing)
         tops = {"accuracy": 1} | ({"top5": 5} if classes > 5 else {})
         self.metrics = nn.ModuleDict(
@@ -54,25 +70,39 @@ class Classifier(pl.LightningModule):
                 for name, k in tops.items()
             }
         )
-        self.curve: list[dict[str, float]] = []
+        self.points: list[Point] = list(state.points)
+
+    @property
+    def epoch_steps(self) -> int:
+        return int(self.trainer.num_training_batches)
+
+    @property
+    def step(self) -> int:
+        """Steps done on the whole path; Lightning counts those since it was started."""
+        return self.state.epoch * self.epoch_steps + int(self.global_step)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.network(x.to(memory_format=self.layout))
         return y
 
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        now = rate(self.schedule, self.step, epoch_steps=self.epoch_steps, rung=self.state.rung)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = now
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, y = batch
         loss: Tensor = self.loss(self(x), y)
         # A NaN stays in the weights, so looking now and then finds it without a sync a step.
-        if (index % 16 == 0 or self.global_step + 1 == self.steps) and not loss.isfinite():
-            raise TrialFailed(f"the loss is {loss.item()} at step {self.global_step}")
+        if (index % 16 == 0 or index + 1 == self.epoch_steps) and not loss.isfinite():
+            raise TrialFailed(f"the loss is {loss.item()} at step {self.step}")
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         x, y = batch
         logits = self(x)
         if not logits.isfinite().all():
-            raise TrialFailed(f"the network's output is not finite after step {self.global_step}")
+            raise TrialFailed(f"the network's output is not finite after step {self.step}")
         for metric in self.metrics.values():
             metric.update(logits, y)  # type: ignore[operator]
 
@@ -80,15 +110,10 @@ class Classifier(pl.LightningModule):
         values = {name: float(m.compute()) for name, m in self.metrics.items()}  # type: ignore[operator]
         for metric in self.metrics.values():
             metric.reset()  # type: ignore[operator]
-        self.curve.append(values)
+        self.points.append(values)
 
-    def configure_optimizers(self) -> Any:
-        optimizer = _optimizer(self.network, self.schedule)
-        scheduler = _scheduler(optimizer, self.schedule, self.steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return _optimizer(self.network, self.schedule)
 
 
 def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
@@ -103,41 +128,156 @@ def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=schedule.lr)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> Any:
-    """The rate rises over the warm-up from a tenth to `lr`, then falls along a cosine to 0."""
-    rise = schedule.warmup * steps
-    if schedule.schedule == "onecycle" and rise > 1 and steps - rise > 1:
-        return OneCycleLR(
-            optimizer,
-            max_lr=schedule.lr,
-            total_steps=steps + 1,  # Lightning steps once more behind the last batch
-            pct_start=schedule.warmup,
-            div_factor=10.0,
-            final_div_factor=100.0,
-            cycle_momentum=False,
-        )
-    fall = CosineAnnealingLR(optimizer, T_max=max(1, steps - round(rise)))
-    if round(rise) == 0:
-        return fall
-    warm = LinearLR(optimizer, start_factor=0.1, total_iters=round(rise))
-    return SequentialLR(optimizer, [warm, fall], milestones=[round(rise)])
+class _Mean(EMAWeightAveraging):
+    """The running mean of the weights, with what a State holds of it."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        assert self._average_model is not None
+        return held(self._average_model)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            assert self._average_model is not None
+            put(self._average_model, tensors)
 
 
-class _Reporter(Callback):
-    """Hands the share done and the last accuracy to whoever shows them."""
+class _Keeper(Callback):
+    """Starts a leg from a State, makes one after every epoch, and tells how far the training is."""
 
-    def __init__(self, tick: Tick) -> None:
-        self.tick = tick
+    def __init__(self, state: State, mean: _Mean | None, run: "_Run") -> None:
+        self.state, self.start, self.mean, self.run = state, state, mean, run
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        put_optimizer(trainer.optimizers[0], self.state.part("optimizer"))
+        if self.mean:
+            self.mean.put(self.state.part("mean"))
+        if self.state.scaler:
+            trainer.precision_plugin.load_state_dict(self.state.scaler)
+        seed_generators(self.run.seed)
+        if self.state.random:
+            put_generators(self.state.part("random"), self.state.random)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
         self._report(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        tensors, others = generators()
+        parts = {
+            "network": held(pl_module.network),
+            "optimizer": optimizer_tensors(trainer.optimizers[0]),
+            "mean": self.mean.tensors() if self.mean else {},
+            "random": tensors,
+        }
+        self.state = replace(
+            self.state,
+            epoch=self.state.epoch + 1,
+            spent=self.state.spent + 1,
+            points=tuple(pl_module.points),
+            seconds=self.run.seconds,
+            scaler=trainer.precision_plugin.state_dict(),
+            random=others,
+            tensors={k: v for name, part in parts.items() for k, v in copies(name, part).items()},
+        )
+        self.run.write(self.state)
         self._report(pl_module)
 
     def _report(self, module: Any) -> None:
-        last = module.curve[-1]["accuracy"] if module.curve else None
-        self.tick(module.global_step / module.steps, last)
+        spent = self.start.spent + module.global_step / module.epoch_steps
+        last = module.points[-1]["accuracy"] if module.points else None
+        self.run.tick(min(1.0, spent / self.run.planned), last)
+
+
+class _Run:
+    """One training: a trunk, and for each rung a decay that branches off it."""
+
+    TRUNK, DECAY = "trunk", "decay"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Data,
+        schedule: Schedule,
+        *,
+        seed: int,
+        where: TrainerFile,
+        batches: int | None,
+        tick: Tick,
+        rungs: Sequence[int],
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        self.network, self.data, self.schedule, self.seed = network, data, schedule, seed
+        self.where, self.batches, self.tick, self.rungs = where, batches, tick, rungs
+        self.checkpoints = checkpoints
+        self.planned = rungs[-1] + sum(schedule.decay_epochs(rung) for rung in rungs[:-1])
+        self.layout = torch.channels_last if where.channels_last else torch.contiguous_format
+        network.to(memory_format=self.layout)
+        self.begun, self.before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.begun
+
+    def __call__(self) -> tuple[State, State]:
+        """The trunk and the last rung's decay; the network has the latter's weights."""
+        trunk = self.read(self.TRUNK) or State(tensors=copies("network", held(self.network)))
+        decay = self.read(self.DECAY)
+        self.before = max(trunk.seconds, decay.seconds if decay else 0.0)
+        for rung in self.rungs:
+            if rung != self.rungs[-1] and str(rung) in trunk.rungs:
+                continue
+            if decay is None or decay.rung != rung:
+                trunk = self.leg(trunk, rung - self.schedule.decay_epochs(rung))
+                decay = replace(trunk, rung=rung)
+            decay = self.leg(decay, rung)
+            trunk = replace(
+                trunk,
+                rungs={**trunk.rungs, str(rung): decay.points[-1]},
+                spent=decay.spent,
+                seconds=decay.seconds,
+            )
+            if rung != self.schedule.epochs:
+                self.write(trunk)
+        assert decay is not None
+        return trunk, decay
+
+    def leg(self, state: State, until: int) -> State:
+        """Go on from a state up to an epoch of its path. Only a rung's end is validated, but every
+        epoch on the way that all trainings go."""
+        put(self.network, state.part("network"))
+        if state.epoch >= until:
+            if means := state.part("mean"):
+                inner = "module.network."
+                put(self.network, {k.removeprefix(inner): v for k, v in means.items()})
+            return state
+        classifier = Classifier(
+            self.network,
+            self.schedule,
+            state,
+            classes=self.data.classes,
+            layout=self.layout,
+        )
+        mean = _Mean(decay=self.schedule.ema) if self.schedule.ema else None
+        keeper = _Keeper(state, mean, self)
+        aside = state.rung not in (None, self.schedule.epochs)
+        trainer = _trainer(
+            self.where,
+            self.schedule,
+            [mean, keeper] if mean else [keeper],
+            epochs=until - state.epoch,
+            validate_every=until - state.epoch if aside else 1,
+            batches=self.batches,
+        )
+        size = self.schedule.batch_size
+        train = self.data.loader("train", size, self.seed, first=state.epoch)
+        trainer.fit(classifier, train, self.data.loader("val", size, self.seed))
+        return keeper.state
+
+    def read(self, name: str) -> State | None:
+        return self.checkpoints.read(name, self.network) if self.checkpoints else None
+
+    def write(self, state: State) -> None:
+        if self.checkpoints:
+            self.checkpoints.write(self.TRUNK if state.rung is None else self.DECAY, state)
 
 
 def fit(
@@ -150,41 +290,42 @@ def fit(
     evaluator: str = "train",
     batches: int | None = None,
     tick: Tick = lambda share, accuracy: None,
+    rungs: Sequence[int] = (),
+    checkpoints: Checkpoints | None = None,
 ) -> Score:
     """Train the network in place and score it on the validation split after every epoch.
 
     The score is that of the last epoch (of the weights' running mean with `ema`), never the best
     one: choosing an epoch by its validation accuracy would flatter it. batches: stop each epoch
-    after so many, to time them. Raises TrialFailed with the reason when the loss is not finite or
-    memory runs out.
+    after so many, to time them. rungs: epochs of the rungs to measure on the way, the last one to
+    end at (default: the whole schedule alone). checkpoints: where the state is kept after every
+    epoch; the training goes on from there. Raises TrialFailed with the reason when the loss is not
+    finite or memory runs out.
     """
-    start = time.perf_counter()
-    torch.manual_seed(seed)
-    train = data.loader("train", schedule.batch_size, seed)
-    layout = torch.channels_last if where.channels_last else torch.contiguous_format
-    network.to(memory_format=layout)
-    classifier = Classifier(
+    run = _Run(
         network,
+        data,
         schedule,
-        steps=(batches or len(train)) * schedule.epochs,
-        classes=data.classes,
-        layout=layout,
+        seed=seed,
+        where=where,
+        batches=batches,
+        tick=tick,
+        rungs=rungs or (schedule.epochs,),
+        checkpoints=checkpoints,
     )
-    callbacks: list[Callback] = [_Reporter(tick)]
-    if schedule.ema:
-        callbacks.append(EMAWeightAveraging(decay=schedule.ema))
-    with _training(where):
-        trainer = _trainer(where, schedule, callbacks, batches)
-        trainer.fit(classifier, train, data.loader("val", schedule.batch_size, seed))
-    last = classifier.curve[-1]
+    with _training(where), generators_kept():
+        trunk, decay = run()
+    whole = decay.points if decay.rung == schedule.epochs else trunk.points
+    last = decay.points[-1]
     return Score(
         accuracy=last["accuracy"],
-        curve=tuple(point["accuracy"] for point in classifier.curve),
-        epochs=schedule.epochs,
-        seconds=time.perf_counter() - start,
+        curve=tuple(point["accuracy"] for point in whole),
+        epochs=decay.spent,
+        seconds=decay.seconds,
         seed=seed,
         evaluator=evaluator,
         top5=last.get("top5"),
+        rungs=tuple(trunk.rungs[str(rung)]["accuracy"] for rung in rungs),
     )
 
 
@@ -192,22 +333,33 @@ def test(network: nn.Module, data: Data, *, batch_size: int, where: TrainerFile)
     """Top-1 accuracy on the test split."""
     layout = torch.channels_last if where.channels_last else torch.contiguous_format
     classifier = Classifier(
-        network, Schedule(batch_size=batch_size), steps=1, classes=data.classes, layout=layout
+        network,
+        Schedule(batch_size=batch_size),
+        State(tensors={}),
+        classes=data.classes,
+        layout=layout,
     )
     with _training(where):
         trainer = _trainer(where, classifier.schedule, [])
         trainer.validate(classifier, data.loader("test", batch_size, 0), verbose=False)
-    return classifier.curve[-1]["accuracy"]
+    return classifier.points[-1]["accuracy"]
 
 
 def _trainer(
-    where: TrainerFile, schedule: Schedule, callbacks: list[Callback], batches: int | None = None
+    where: TrainerFile,
+    schedule: Schedule,
+    callbacks: list[Callback],
+    *,
+    epochs: int = 1,
+    validate_every: int = 1,
+    batches: int | None = None,
 ) -> pl.Trainer:
     return pl.Trainer(
         accelerator=where.accelerator,
         devices=where.devices,
         precision=where.precision,
-        max_epochs=schedule.epochs,
+        max_epochs=epochs,
+        check_val_every_n_epoch=validate_every,
         gradient_clip_val=schedule.clip or None,
         callbacks=callbacks,
         limit_train_batches=batches,

@@ -6,6 +6,7 @@ one transaction, or nothing.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from optuna.storages._rdb import models
 from sqlalchemy import Connection, Engine, and_, case, exists, insert, literal, select, update
 
 from nasattn.errors import UserError
+from nasattn.search.lease import BEAT, Watch, workers
 
 Facts = Mapping[str, Any]  # as a study stores them: `experiment`, `choices`, and more
 
@@ -58,6 +60,18 @@ def gains(old: Facts, new: Facts) -> str:
     if _most(new) > _most(old):
         parts.append(f"up to {_most(new)} blocks")
     return told(parts)
+
+
+def at_work(engine: Engine, study: str) -> list[Mapping[str, Any]]:
+    """What the workers say of themselves whose beats are seen to go on; a row that a dead machine
+    has left behind is looked at until that is certain."""
+    watch, first = Watch(), dict[str, int]()
+    while found := workers(engine, study, watch):
+        first = first or {w.owner: w.beat for w in found}
+        if moved := [w.facts for w in found if w.beat != first.get(w.owner)]:
+            return moved
+        time.sleep(BEAT / 3)
+    return []
 
 
 def grow(engine: Engine, study: int, attribute: str, old: Facts, new: Facts) -> None:

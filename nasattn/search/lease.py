@@ -1,40 +1,131 @@
-"""A lease on a study: a second live process is refused, a dead one's is taken over at once."""
+"""Who works on a study, and on what: leases in the study's own database, taken by compare and swap.
 
+A worker is a row `worker:ID` whose beat it counts up every few seconds; whatever else it holds (the
+turn to decide, the backbone's training, a trial) lives and dies with that row. No clock of another
+machine is read: a worker is dead when its count has stood still for STALE seconds of the observer's
+own monotonic clock, or, on the observer's host, when its process is gone.
+"""
+
+import json
 import os
+import random
 import socket
 import threading
 import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import optuna
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    and_,
+    delete,
+    exists,
+    insert,
+    inspect,
+    literal,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.schema import CreateTable
 
-from nasattn.errors import UserError
+BEAT = 3.0  # seconds between beats
+STALE = 60.0  # seconds without one after which a worker counts as dead
+BLIND = 15.0  # seconds without a look after which an observer begins anew: it was cut off itself
+PAUSES = 0.002, 0.05  # seconds between two tries for the turn, the first and the longest
 
-LEASE = "lease"
-BEAT = 10.0  # seconds between heartbeats
-STALE = 60.0  # seconds without one after which another host's process counts as dead
+PARENT = "NASATTN_PARENT"  # the variable with the pid of the process that started this one
+
+WORKER, TURN, BACKBONE = "worker:", "turn", "backbone"
+
+TABLE = Table(
+    "nasattn_lease",
+    MetaData(),
+    Column("study", String(120), primary_key=True),
+    Column("name", String(80), primary_key=True),
+    Column("owner", String(40), nullable=False),
+    Column("beat", Integer, nullable=False),
+    Column("facts", Text, nullable=False),
+)
 
 
+@dataclass(frozen=True, slots=True)
 class Lease:
-    """Held while the search runs; a thread renews its heartbeat in the study's attributes."""
+    """A row of the table. owner: the ID of the worker that holds it."""
 
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
+    name: str
+    owner: str
+    beat: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def trial_lease(number: int) -> str:
+    """The name of the right to evaluate a trial."""
+    return f"trial:{number}"
+
+
+class Watch:
+    """Tells dead workers from live ones by what one observer has seen of their beats."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._seen: dict[str, tuple[int, float]] = {}  # owner -> its beat, and since when
+        self._looked = float("-inf")
+
+    def look(self, leases: Iterable[Lease]) -> None:
+        """Take note of all workers' beats."""
+        now = self.clock()
+        known = self._seen if now - self._looked <= BLIND else {}
+        fresh = {}
+        for lease in leases:
+            if lease.name.startswith(WORKER):
+                beat, since = known.get(lease.owner, (lease.beat, now))
+                fresh[lease.owner] = (lease.beat, since if beat == lease.beat else now)
+        self._seen, self._looked = fresh, now
+
+    def dead(self, worker: Lease | None) -> bool:
+        """Of a worker's own row; None: it has none (any more)."""
+        if worker is None:
+            return True
+        beat, since = self._seen.get(worker.owner, (worker.beat, float("inf")))
+        stale = beat == worker.beat and self._looked - since > STALE
+        return stale or _gone(worker.facts)
+
+
+class Leases:
+    """A worker's presence on a study, and what it holds there. Entered, a thread keeps it alive.
+
+    `doing` is what others are shown of this worker; it is written with every beat.
+    """
+
+    def __init__(self, engine: Engine, study: str, watch: Watch | None = None) -> None:
+        self.engine, self.study, self.watch = engine, study, watch or Watch()
+        self.me = uuid.uuid4().hex
+        self.doing: dict[str, Any] = {}
+        # A database in the memory of this process has no other observers, and one connection only.
+        self._alone = in_memory(engine)
+        self._who = identity()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._rng = random.Random(self.me)
 
-    def __enter__(self) -> "Lease":
-        other = self.study.user_attrs.get(LEASE)
-        if other and alive(other):
-            age = max(0.0, time.time() - other["heartbeat"])
-            raise UserError(
-                f"the study '{self.study.study_name}' is being searched by process {other['pid']} "
-                f"on {other['host']} (heartbeat {age:.0f} s ago); wait for it or stop it"
-            )
-        self._renew()
-        self._thread.start()
+    def __enter__(self) -> "Leases":
+        create_table(self.engine)
+        self.renew()
+        if not self._alone:
+            self._thread.start()
         return self
 
     def __exit__(
@@ -44,39 +135,187 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self._stop.set()
-        self._thread.join()
-        self.study.set_user_attr(LEASE, None)
+        if self._thread.is_alive():
+            self._thread.join()
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(delete(TABLE).where(self._of(owner=self.me)))
+        except SQLAlchemyError:
+            pass  # the database is gone; the others will see that this process is, too
 
-    def _renew(self) -> None:
-        self.study.set_user_attr(LEASE, identity() | {"heartbeat": time.time()})
+    def renew(self) -> None:
+        """One beat, and a look at those of the others."""
+        with self.engine.begin() as connection:
+            self._show(connection)
+            leases = self._read(connection)
+        # Only a look that a beat of one's own came with counts: who cannot write would else take
+        # all for dead that cannot write either.
+        self.watch.look(leases)
+
+    def table(self) -> dict[str, Lease]:
+        """All leases of the study, by name."""
+        with self.engine.connect() as connection:
+            return {lease.name: lease for lease in self._read(connection)}
+
+    def dead(self, owner: str, table: Mapping[str, Lease]) -> bool:
+        return owner != self.me and self.watch.dead(table.get(WORKER + owner))
+
+    def holds(self, name: str) -> bool:
+        """Whether a lease is still this worker's: who stood still for long may have lost it."""
+        with self.engine.connect() as connection:
+            where = self._of(name=name)
+            return connection.scalar(select(TABLE.c.owner).where(where)) == self.me
+
+    def acquire(self, name: str) -> bool:
+        """Take a lease that is free, or whose owner is dead; one's own stays one's own."""
+        row = {"study": self.study, "name": name, "owner": self.me, "beat": 0, "facts": "{}"}
+        values = [literal(value).label(key) for key, value in row.items()]
+        free = select(*values).where(~exists().where(self._of(name=name)))
+        try:
+            with self.engine.begin() as connection:
+                if connection.execute(insert(TABLE).from_select(list(row), free)).rowcount == 1:
+                    return True
+        except IntegrityError:
+            return False  # another's came first
+        table = self.table()
+        if name not in table:
+            return False
+        owner = table[name].owner
+        if owner == self.me or not self.dead(owner, table):
+            return owner == self.me
+        with self.engine.begin() as connection:
+            swap = update(TABLE).where(self._of(name=name, owner=owner)).values(owner=self.me)
+            return connection.execute(swap).rowcount == 1
+
+    def release(self, *names: str) -> None:
+        """Give leases back, and show what this worker does now."""
+        with self.engine.begin() as connection:
+            mine = self._of(owner=self.me)
+            connection.execute(delete(TABLE).where(and_(mine, TABLE.c.name.in_(names))))
+            self._show(connection)
+
+    def reap(self, table: Mapping[str, Lease], kept: Iterable[str]) -> None:
+        """Delete what dead workers have left behind, but for the leases named in `kept`."""
+        gone = {x.owner for x in table.values() if self.dead(x.owner, table)}
+        names = [x.name for x in table.values() if x.owner in gone and x.name not in set(kept)]
+        if names:
+            with self.engine.begin() as connection:
+                left = and_(TABLE.c.name.in_(names), TABLE.c.owner.in_(gone))
+                connection.execute(delete(TABLE).where(and_(self._of(), left)))
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The right to decide, which one worker has at a time."""
+        pause, longest = PAUSES
+        while not self.acquire(TURN):
+            time.sleep(pause * self._rng.uniform(0.5, 1.5))
+            pause = min(1.5 * pause, longest)
+        try:
+            yield
+        finally:
+            self.release(TURN)
+
+    def _show(self, connection: Connection) -> None:
+        facts, name = json.dumps(self._who | self.doing), WORKER + self.me
+        beat = update(TABLE).where(self._of(name=name)).values(beat=TABLE.c.beat + 1, facts=facts)
+        if connection.execute(beat).rowcount == 0:  # the first one, or it was taken for dead
+            row = {"study": self.study, "name": name, "owner": self.me, "beat": 0, "facts": facts}
+            connection.execute(insert(TABLE).values(row))
+
+    def _read(self, connection: Connection) -> list[Lease]:
+        columns = TABLE.c.name, TABLE.c.owner, TABLE.c.beat, TABLE.c.facts
+        rows = connection.execute(select(*columns).where(self._of()))
+        return [Lease(name, owner, beat, json.loads(facts)) for name, owner, beat, facts in rows]
+
+    def _of(self, **values: str) -> Any:
+        return and_(
+            TABLE.c.study == self.study, *(TABLE.c[key] == value for key, value in values.items())
+        )
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
-            self._renew()
+            if _orphaned():
+                os.kill(os.getpid(), 15)  # the search that started this worker is gone
+            try:
+                self.renew()
+            except SQLAlchemyError:
+                pass  # the next beat may succeed; the work itself tells of a database that is gone
+
+
+def create_table(engine: Engine) -> None:
+    """The table of leases, unless it is there; many processes may do so at once."""
+    try:
+        with engine.begin() as connection:
+            connection.execute(CreateTable(TABLE, if_not_exists=True))
+    except SQLAlchemyError:  # PostgreSQL lets one of two creators fail in spite of the condition
+        if not inspect(engine).has_table(TABLE.name):
+            raise
+
+
+def workers(engine: Engine, study: str, watch: Watch | None = None) -> list[Lease]:
+    """The live workers of a study, as far as one look can tell, or the looks of a watch."""
+    if not inspect(engine).has_table(TABLE.name):
+        return []
+    watch, reader = watch or Watch(), Leases(engine, study)
+    found = [lease for lease in reader.table().values() if lease.name.startswith(WORKER)]
+    watch.look(found)
+    return [lease for lease in found if not watch.dead(lease)]
+
+
+def in_memory(engine: Engine) -> bool:
+    """Whether the database is sqlite's in the memory of this process."""
+    return engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:")
 
 
 def identity() -> dict[str, Any]:
-    """This process: host, pid and the pid's start, as pids are used again."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    """This process. place: where its pid is looked up (the running system, and the container);
+    started: when, as pids are used again."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "place": _place(),
+        "started": _stat(pid)[1],
+    }
 
 
-def alive(lease: dict[str, Any]) -> bool:
-    """Whether the lease's process lives: looked up on this host, by its heartbeat on another."""
-    if lease["host"] != socket.gethostname():
-        return bool(time.time() - lease["heartbeat"] < STALE)
-    try:
-        os.kill(lease["pid"], 0)
-    except ProcessLookupError:
+def _gone(facts: Mapping[str, Any]) -> bool:
+    """Whether a process of this place has ended; what cannot be looked up has not."""
+    if facts.get("place") != _place():
         return False
+    try:
+        os.kill(facts["pid"], 0)
+    except ProcessLookupError:
+        return True
     except PermissionError:
         pass
-    return bool(_started(lease["pid"]) == lease["started"])
+    state, started = _stat(facts["pid"])
+    return state in ("Z", "X") or bool(started and started != facts["started"])
 
 
-def _started(pid: int) -> str:
-    """When the kernel started the process, where it says so; else the empty string."""
+def _place() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return ""
-    return stat.rpartition(")")[2].split()[19]
+        return socket.gethostname()
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """A process's state and when the kernel started it, where it says so; else empty strings."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def _orphaned() -> bool:
+    """Whether this process was started by a search that has ended since."""
+    parent = os.environ.get(PARENT)
+    return parent is not None and os.getppid() != int(parent)
+
+
+PARENT = (
+    "NASATTN_PARENT"  # the environment's variable that names the process which started this one
+)

@@ -1,12 +1,15 @@
 """The search: ask, gate, evaluate, tell. What must not be lost is in the database first."""
 
+import json
+import time
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial, TrialState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from nasattn.config import Experiment
@@ -14,22 +17,16 @@ from nasattn.data import Data, load
 from nasattn.errors import TrialFailed
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.pricing import Candidates, Pricing
-from nasattn.record import Score, Trial
+from nasattn.record import FINISHED, Score, Trial
 from nasattn.search.display import Display, duration, placed
-from nasattn.search.lease import Lease
-from nasattn.search.samplers import Exhausted, Gate
-from nasattn.search.study import (
-    FACTS,
-    REASON,
-    SCORE,
-    Study,
-    accuracy,
-    claim,
-    finished,
-    open_study,
-    read_trial,
-)
+from nasattn.search.lease import BACKBONE, Leases
+from nasattn.search.outage import full, full_disk, patiently
+from nasattn.search.samplers import Gate
+from nasattn.search.slots import Job, Slots, Stopping, Turn
+from nasattn.search.study import FACTS, Study, accuracy, finished, open_study
 from nasattn.space import SearchSpace
+
+WAIT = 0.5  # seconds between two looks at what the other workers do
 
 
 def space_facts(pricing: Pricing, limits: Mapping[str, float]) -> dict[str, Any]:
@@ -49,7 +46,7 @@ def space_facts(pricing: Pricing, limits: Mapping[str, float]) -> dict[str, Any]
 
 
 class Search:
-    """One process's work on a study."""
+    """One process's work on a study, alone or beside others."""
 
     def __init__(self, experiment: Experiment, display: Display) -> None:
         self.experiment, self.display = experiment, display
@@ -63,55 +60,45 @@ class Search:
         self.data.loader("train", experiment.training.batch_size, 0)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         self.study = open_study(experiment, space_facts(self.pricing, limits), self.gate)
-        self.evaluator = Evaluator(experiment, self.data, self.space.baseline(), self.study.folder)
-
-    @property
-    def _optuna(self) -> optuna.Study:
-        return self.study.optuna
+        self.evaluator = Evaluator(
+            experiment, self.data, self.space.baseline(), self.study.folder, self.display.note
+        )
+        self.stopping: Stopping | None = None
+        self._published: list[Trial] = []
 
     def run(self, total: int) -> Study:
-        """Go on until the study has `total` finished trials or the space is exhausted."""
-        with Lease(self._optuna), self.display:
-            unfinished = self._recover()
-            count = self.candidates.count()
-            total = total if count is None else min(total, count)
-            done = finished(self.study.trials)
-            if done >= total:
-                self.display.note(f"the study '{self.study.name}' is complete: {done} trials")
-                return self.study
-            self._remember(total)
-            self._announce(total, done, count)
-            self.display.begin(self.study, total)
-            claimed = len(self.study.trials)
-            for row in unfinished:
-                self._evaluate(optuna.trial.Trial(self._optuna, row._trial_id), read_trial(row))
-            for slot in range(claimed, total):
-                try:
-                    asked = self._ask(slot)
-                except Exhausted:
-                    self.display.note("no new architecture was found within the budget: complete")
-                    self._recover()
-                    break
-                self._evaluate(*asked)
+        """Go on until the study has `total` finished trials or the space is exhausted.
+
+        Raises Stopped when the database or the disk fails, TrialFailed when the baseline does.
+        """
+        with self._leases() as self.leases, self.display:
+            total = self.plan(total)
+            if finished(self.study.trials) < total:
+                self.announce(total)
+                self.display.begin(self.study, total)
+                self._have_backbone()
+            self._work(total)
         return self.study
 
-    def _recover(self) -> list[FrozenTrial]:
-        """The trials that a dead process left running, to be run again in their own slots."""
-        unfinished = []
-        for row in self._optuna.get_trials(deepcopy=False):
-            if row.state is not TrialState.RUNNING:
-                continue
-            if FACTS in row.user_attrs:
-                unfinished.append(row)
-            else:
-                self._optuna.tell(row.number, state=TrialState.FAIL)
-        if unfinished:
-            numbers = ", ".join(str(row.user_attrs[FACTS]["slot"]) for row in unfinished)
-            self.display.note(f"going on with what was interrupted: trial {numbers}")
-        return unfinished
+    def _leases(self) -> Leases:
+        return Leases(self.study.engine, self.study.name)
 
-    def _announce(self, total: int, done: int, count: int | None) -> None:
-        space, note = self.space, self.display.note
+    def plan(self, total: int) -> int:
+        """How many trials the study can have, of so many; stored, so that a bare `resume` goes on
+        to it."""
+        count = self.candidates.count()
+        total = total if count is None else min(total, count)
+        facts = dict(self.study.facts)
+        experiment = dict(facts["experiment"])
+        if experiment["search"]["trials"] != total:
+            experiment["search"] = {**experiment["search"], "trials": total}
+            self.study.optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
+        return total
+
+    def announce(self, total: int, workers: int = 1) -> None:
+        """Say what is searched, and about how long it will take."""
+        space, note, trials = self.space, self.display.note, self.study.trials
+        done, count = finished(trials), self.candidates.count()
         for text in (*self.study.notes, *self.data.notes):
             note(text)
         if space.dropped:
@@ -126,7 +113,7 @@ class Search:
         prepare = self.experiment.training.warm_start and not self.evaluator.stored
         if prepare and done:
             note("the plain backbone's weights are gone: it is trained again")
-        seconds = [t.score.seconds for t in self.study.trials if t.score]
+        seconds = [t.score.seconds for t in trials if t.score]
         left = total - done
         if seconds and not prepare:
             estimate = left * sum(seconds) / len(seconds)
@@ -134,74 +121,122 @@ class Search:
             estimate = self.evaluator.estimate(left, prepare=prepare)
         seeds = self.experiment.training.seeds
         note(
-            f"{left * seeds + prepare} trainings to go, about {duration(estimate)}; "
+            f"{left * seeds + prepare} trainings to go, about {duration(estimate / workers)}; "
             f"Ctrl-C stops, the same command goes on"
         )
 
-    def _remember(self, total: int) -> None:
-        """Store the number of trials asked for last, so that a bare `resume` goes on to it."""
-        facts = dict(self.study.facts)
-        experiment = dict(facts["experiment"])
-        experiment["search"] = {**experiment["search"], "trials": total}
-        self._optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
-
-    def _ask(self, slot: int) -> tuple[optuna.trial.Trial, Trial]:
-        """A new row whose architecture is drawn and stored, and the trial it is."""
-        self.gate.slot = slot
-        row = self._optuna.ask()
-        architecture = self.space.draw(row.suggest_categorical)
-        cost = self.pricing.cost(row.params)
-        excesses = {m: cost.values[m] - limit for m, limit in self.candidates.limits.items()}
-        for metric, value in excesses.items():
-            row.set_constraint(metric, value)
-        # optuna-dashboard (0.21) reads constraints only by their key before Optuna 5.
-        row.storage.set_trial_system_attr(row._trial_id, "constraints", list(excesses.values()))
-        row.set_user_attr(FACTS, claim(slot, architecture, cost))
-        return row, Trial(
-            number=slot, architecture=architecture, cost=cost, score=None, state="running"
+    def _work(self, total: int) -> None:
+        """Do job after job until all slots are finished, by this worker or by others."""
+        slots = Slots(
+            self.study, self.leases, self.gate, self.candidates, self.stopping, self.display.note
         )
+        ended, waits = None, False  # type: int | None, bool
+        while True:
+            turn = self._turn(slots, total)
+            if ended is not None:
+                self.display.end(turn.trials[ended], turn.trials, self.candidates.refused)
+                self._sweep(turn.trials)
+                ended = None
+            if turn.over:
+                done = finished(turn.trials)
+                self._sweep(turn.trials)
+                self.display.note(f"the study '{self.study.name}' is complete: {done} trials")
+                return
+            if turn.job is None:
+                if not waits:
+                    self.display.start(f"waiting for {turn.others} trials of other workers")
+                    self.leases.doing = {"task": self.display.task}
+                waits = True
+                time.sleep(WAIT)
+                continue
+            waits, ended = False, turn.job.trial.number
+            self._evaluate(slots, turn.job)
 
-    def _evaluate(self, row: optuna.trial.Trial, trial: Trial) -> None:
+    def _turn(self, slots: Slots, total: int) -> Turn:
+        return patiently(lambda: slots.next(total, self._publish), self.display.note)
+
+    def _evaluate(self, slots: Slots, job: Job) -> None:
         """Train a trial's architecture and record how it did."""
         try:
-            stored = row.user_attrs.get(SCORE)
-            # A stored score that was not told yet: the process died between the two.
-            score = Score.from_dict(stored) if stored else self._train(trial)
-            if not stored:
-                row.set_user_attr(SCORE, score.as_dict())
-            values = {**trial.cost.values, "accuracy": score.accuracy}
-            self._optuna.tell(row, [values[o] for o in self.experiment.objectives])
+            score = job.score or self._kept_score(job) or self._train(slots, job)
         except Exception as error:
-            known = isinstance(error, TrialFailed)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
-            row.set_user_attr(REASON, reason)
-            row.set_user_attr("traceback", traceback.format_exc())
-            if trial.baseline:
+            if full(error):
+                raise full_disk(error) from error
+            reason = (
+                str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"
+            )
+            trace = traceback.format_exc()
+            patiently(lambda: slots.fail(job, reason, trace), self.display.note)
+            if job.trial.baseline:
                 raise TrialFailed(f"the plain backbone could not be trained: {reason}") from error
-            self._optuna.tell(row, state=TrialState.FAIL)
-        trials = self.study.trials
-        self._keep_frontier(trials)
-        self.display.end(trials[trial.number], trials, self.candidates.refused)
+        else:
+            if score is not None:
+                patiently(lambda: slots.finish(job, score), self.display.note)
 
-    def _train(self, trial: Trial) -> Score:
-        self._prepare()
-        self.display.start(f"trial {trial.number}: {placed(trial.architecture.specs)}")
-        score, weights = self.evaluator(trial.architecture, self.display.tick)
-        store(weights_file(self.study, trial.number), weights, {"key": trial.architecture.key})
+    def _train(self, slots: Slots, job: Job) -> Score | None:
+        """The score of a whole training, whose weights are stored; None when it was stopped."""
+        number, architecture = job.trial.number, job.trial.architecture
+        self._start(job.trial)
+        files = slots.checkpoints(number)
+        rungs = range(len(self.evaluator.rungs)) if self.stopping else []
+        reached = len(job.trial.partial.rungs) if job.trial.partial else 0
+        for rung in rungs[reached:-1]:
+            score, _ = self.evaluator(architecture, self._tick, checkpoints=files, rung=rung)
+            if not patiently(partial(slots.goes_on, job, score), self.display.note):
+                return None
+        last = rungs[-1] if rungs else None
+        score, weights = self.evaluator(architecture, self._tick, checkpoints=files, rung=last)
+        facts = {"key": architecture.key, "of": job.token, "score": json.dumps(score.as_dict())}
+        if weights:
+            store(weights_file(self.study, number), weights, facts)
         return score
 
-    def _prepare(self) -> None:
-        if self.experiment.training.warm_start and not self.evaluator.stored:
-            self.display.start("training the plain backbone, from which all go on")
-        self.evaluator.prepare(self.display.tick)
+    def _kept_score(self, job: Job) -> Score | None:
+        """The score of a training that had ended when the database or the process went away: it
+        stands with the weights."""
+        try:
+            with safe_open(weights_file(self.study, job.trial.number), "pt") as file:
+                facts = file.metadata() or {}
+        except (OSError, SafetensorError):
+            return None
+        same = facts.get("of") == job.token and "score" in facts
+        return Score.from_dict(json.loads(facts["score"])) if same else None
+
+    def _have_backbone(self) -> None:
+        """With a warm start: the backbone's weights, which one worker trains while others wait."""
+        waits = False
+        while self.experiment.training.warm_start and not self.evaluator.stored:
+            if patiently(lambda: self.leases.acquire(BACKBONE), self.display.note):
+                self._start(None)
+                self.evaluator.prepare(self._tick)
+                patiently(lambda: self.leases.release(BACKBONE), self.display.note)
+            elif not waits:
+                self.display.start("waiting for the plain backbone, which another worker trains")
+                self.leases.doing = {"task": self.display.task}
+                waits = True
+            time.sleep(WAIT * waits)
+        self.evaluator.prepare(self._tick)
+
+    def _start(self, trial: Trial | None) -> None:
+        """Show what begins: a trial's training, or the backbone's."""
+        task = "training the plain backbone, from which all go on"
+        if trial is not None:
+            task = f"trial {trial.number}: {placed(trial.architecture.specs)}"
+        self.display.start(task)
+        number = None if trial is None else trial.number
+        self.leases.doing = {"task": task, "slot": number, "refused": self.candidates.refused}
+
+    def _tick(self, share: float, accuracy: float | None) -> None:
+        self.display.tick(share, accuracy)
+        self.leases.doing |= {"share": round(share, 3), "accuracy": accuracy}
 
     def train_again(self, trial: Trial) -> Weights:
         """A scored trial's weights, from the same seed."""
         self.display.note(f"the weights of trial {trial.number} are gone: it is trained again")
-        with self.display:
-            self._prepare()
-            self.display.start(f"trial {trial.number}: {placed(trial.architecture.specs)}")
-            again, weights = self.evaluator(trial.architecture, self.display.tick)
+        with self._leases() as self.leases, self.display:
+            self._have_backbone()
+            self._start(trial)
+            again, weights = self.evaluator(trial.architecture, self._tick)
         if again.accuracy != accuracy(trial):
             self.display.note(
                 f"its accuracy is {again.accuracy:.4f} now and was {accuracy(trial):.4f}: "
@@ -209,15 +244,25 @@ class Search:
             )
         return weights
 
-    def _keep_frontier(self, trials: list[Trial]) -> None:
-        """Rewrite the frontier's files; a trial that left the frontier never returns to it, so its
-        weights can go."""
-        self.study.write_frontier(trials)
-        kept = {weights_file(self.study, t.number) for t in self.study.frontier(trials)}
-        kept.add(weights_file(self.study, 0))
+    def _publish(self, trials: list[Trial]) -> None:
+        """Rewrite the frontier's files when it has changed."""
+        frontier = self.study.frontier(trials)
+        if frontier != self._published:
+            self.study.write_frontier(trials)
+            self._published = frontier
+
+    def _sweep(self, trials: list[Trial]) -> None:
+        """Delete what will not be asked for again: a trial that left the frontier never returns to
+        it. A trial that is not finished keeps all it has: it may be another worker's."""
+        kept = {0} | {t.number for t in self.study.frontier(trials)}
+        done = {t.number for t in trials if t.state in FINISHED}
         for path in weights_file(self.study, 0).parent.glob("*.safetensors"):
-            if path not in kept:
-                path.unlink()
+            if path.stem.isdecimal() and int(path.stem) in done - kept:
+                path.unlink(missing_ok=True)
+        ended = {t.number for t in trials if t.state in ("scored", "failed")}
+        for path in (self.study.folder / "checkpoints").glob("*"):
+            if path.name.isdecimal() and int(path.name) in ended:
+                rmtree(path, ignore_errors=True)
 
 
 def weights_file(study: Study, number: int) -> Path:

@@ -6,15 +6,23 @@ what was proposed before is drawn again. A sampler that knows nothing yet, or ne
 for nothing: the gate draws uniformly from what fits.
 """
 
+import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseGASampler, BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseGASampler,
+    BaseSampler,
+    GPSampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.storages import InMemoryStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nasattn.config import Search
 from nasattn.pricing import Candidates, Key
@@ -27,11 +35,12 @@ TRIES = 10  # draws from the sampler before the gate takes the last one's neares
 
 SAMPLERS: Mapping[str, Callable[["Gate", int], BaseSampler]] = {
     "frontier": lambda gate, seed: frontier(gate, seed),
-    "random": lambda gate, seed: RandomSampler(seed=seed),
+    "tpe": lambda gate, seed: TPESampler(seed=seed, constant_liar=True),
     "nsga2": lambda gate, seed: NSGAIISampler(
         population_size=gate.search.population or 20, seed=seed
     ),
-    "tpe": lambda gate, seed: TPESampler(seed=seed),
+    "gp": lambda gate, seed: GPSampler(seed=seed),
+    "random": lambda gate, seed: RandomSampler(seed=seed),
 }
 
 
@@ -62,7 +71,7 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
 
 class Gate(BaseSampler):
     """A sampler whose every proposal is new and feasible, and follows from (study seed, slot) and
-    the finished rows alone. `slot` is set before each ask; slot 0 is the plain backbone."""
+    the study's rows alone. `slot` is set before each ask; slot 0 is the plain backbone."""
 
     def __init__(self, candidates: Candidates, search: Search, objectives: Sequence[str]) -> None:
         self.candidates = candidates
@@ -92,12 +101,12 @@ class Gate(BaseSampler):
             generation = inner.get_trial_generation(study, trial)
             informed = bool(inner.get_parent_population(study, generation))
         else:
-            study, trial = in_memory(study)
             informed = not isinstance(inner, RandomSampler) and (
                 self.slot > STARTUP or isinstance(inner, FrontierSampler)
             )
         row: dict[str, str] = {}
-        for _ in range(TRIES if informed else 0):
+        tries = 1 if isinstance(inner, GPSampler) else TRIES  # its next would cost a second more
+        for _ in range(tries if informed else 0):
             row = candidates.thinned(_propose(inner, study, trial, search_space), rng)
             if tuple(row.values()) not in seen and candidates.fits(row):
                 return row
@@ -117,14 +126,43 @@ class Gate(BaseSampler):
         raise RuntimeError(f"the parameter '{param_name}' is not of this space")
 
 
-def in_memory(study: Study) -> tuple[Study, FrozenTrial]:
-    """The finished rows in memory, and a trial to propose for. TPE asks its storage for all rows at
-    each parameter of each draw: many times the price of the proposal on a database."""
-    copy = optuna.create_study(directions=study.directions)
-    rows = study.get_trials(deepcopy=False)
-    copy.add_trials(row for row in rows if row.state.is_finished() and not dropped(row))
-    number = copy.ask().number
-    return copy, copy.get_trials(deepcopy=False)[number]
+class Snapshot(InMemoryStorage):
+    """A study's rows as they were read, and one more for which a sampler proposes: its number is
+    `number`, or the next free one. Rows are not copied, nor read again however often a sampler asks
+    (TPE does at each parameter of each draw). Only the study's attributes are the database's own:
+    NSGA-II keeps its parents there."""
+
+    def __init__(self, study: Study, rows: Sequence[FrozenTrial], number: int) -> None:
+        super().__init__()
+        self.origin = study
+        self.create_new_study(study.directions, study.study_name)
+        self.trial = create_trial(state=TrialState.RUNNING)
+        self.trial.number = max([number, *(row.number + 1 for row in rows)])
+        self.rows = [*sorted(rows, key=lambda row: row.number), self.trial]
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the sampler wants to find in the row later: NSGA-II's generation."""
+        attributes = self.trial.system_attrs.items()
+        return {key: value for key, value in attributes if key.endswith(":generation")}
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        rows = [row for row in self.rows if states is None or row.state in states]
+        return copy.deepcopy(rows) if deepcopy else rows
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        return next(row for row in self.rows if row._trial_id == trial_id)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self.trial.system_attrs[key] = value
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return self.origin._storage.get_study_system_attrs(self.origin._study_id)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self.origin._storage.set_study_system_attr(self.origin._study_id, key, value)
 
 
 def _propose(
@@ -145,13 +183,8 @@ def seen_rows(study: Study, space: Mapping[str, Any]) -> set[Key]:
     return {
         tuple(row.params[site] for site in space)
         for row in study.get_trials(deepcopy=False)
-        if len(row.params) == len(space) and not dropped(row)
+        if len(row.params) == len(space)
     }
 
 
-def dropped(row: optuna.trial.FrozenTrial) -> bool:
-    """A row whose process died before the proposal was whole: it never became a trial."""
-    return row.state is TrialState.FAIL and "nasattn" not in row.user_attrs
-
-
-__all__ = ["SAMPLERS", "Exhausted", "FrontierSampler", "Gate", "dropped", "in_memory", "seen_rows"]
+__all__ = ["SAMPLERS", "Exhausted", "FrontierSampler", "Gate", "Snapshot", "seen_rows"]

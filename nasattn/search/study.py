@@ -14,24 +14,24 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import Engine
 
 from nasattn import __version__
 from nasattn.architecture import Architecture
-from nasattn.config import Experiment, Limit, differences, storage_url
+from nasattn.config import Experiment, Limit, differences
 from nasattn.errors import UserError, suggest
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
-from nasattn.search.growth import GROWING, gains, grow, losses, told
-from nasattn.search.lease import alive
-from nasattn.search.rows import Database
+from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
+from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
+from nasattn.search.lease import Watch, workers
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
-SCORE, REASON = "score", "reason"
+SCORE, PARTIAL, REASON = "score", "partial", "reason"
+# Of a row: written by a worker that had lost its right to the slot meanwhile.
+VOID = "void"
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -69,12 +69,23 @@ class Study:
 
     @property
     def trials(self) -> list[Trial]:
-        rows = [r for r in self.optuna.get_trials(deepcopy=False) if FACTS in r.user_attrs]
+        return self.read(self.rows())
+
+    def rows(self) -> list[FrozenTrial]:
+        """Optuna's row of each slot, in order; the latest of a trial that was promoted."""
+        latest = {
+            row.user_attrs[FACTS]["slot"]: row
+            for row in self.optuna.get_trials(deepcopy=False)
+            if FACTS in row.user_attrs and VOID not in row.user_attrs
+        }
+        return [latest[slot] for slot in sorted(latest)]
+
+    def read(self, rows: Sequence[FrozenTrial]) -> list[Trial]:
+        """The records of rows; a finished one is read once."""
         for row in rows:
             if row.state.is_finished() and row.number not in self._finished:
                 self._finished[row.number] = read_trial(row)
-        trials = [self._finished.get(row.number) or read_trial(row) for row in rows]
-        return sorted(trials, key=lambda t: t.number)
+        return [self._finished.get(row.number) or read_trial(row) for row in rows]
 
     @property
     def folder(self) -> Path:
@@ -166,7 +177,7 @@ class Study:
             "best": max(scored, default=None),
             "hypervolume": self.hypervolume(trials),
             "frontier": [t.number for t in self.frontier(trials)],
-            "lease": self.optuna.user_attrs.get("lease"),
+            "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}
                 for t in trials
@@ -174,10 +185,10 @@ class Study:
             ],
         }
 
-    def workers(self) -> list[dict[str, Any]]:
-        """What each live worker says of itself: host, pid, task, share, accuracy, refused."""
-        lease = self.optuna.user_attrs.get("lease")
-        return [lease] if lease and alive(lease) else []
+    def workers(self, watch: Watch | None = None) -> list[dict[str, Any]]:
+        """What each live worker says of itself: host, pid, task, slot, share, accuracy, refused."""
+        found = workers(self.engine, self.name, watch)
+        return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
 
     @property
     def engine(self) -> Engine:
@@ -250,6 +261,7 @@ def read_trial(row: FrozenTrial) -> Trial:
     attrs = row.user_attrs
     state = STATES[row.state]
     score = Score.from_dict(attrs[SCORE]) if SCORE in attrs and state == "scored" else None
+    partial = Score.from_dict(attrs[PARTIAL]) if PARTIAL in attrs and score is None else None
     return Trial(
         number=attrs[FACTS]["slot"],
         architecture=Architecture.of(attrs[FACTS]["architecture"]),
@@ -257,6 +269,7 @@ def read_trial(row: FrozenTrial) -> Trial:
         score=score,
         state=state,
         reason=attrs.get(REASON, ""),
+        partial=partial,
     )
 
 
@@ -266,7 +279,7 @@ def finished(trials: Sequence[Trial]) -> int:
 
 def load_study(storage: str, name: str) -> Study:
     """A study from its database; a UserError when either is not there."""
-    storage = _checked_url(storage)
+    storage = checked_url(storage)
     path = sqlite_path(storage)
     if path and not path.exists():
         raise UserError(f"there is no database {shown(storage)}")
@@ -287,20 +300,19 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
-    storage = _checked_url(experiment.storage)
+    storage = checked_url(experiment.storage)
     path = sqlite_path(storage)
     if path:
         make_folder(path.parent)
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    directions = [up if o == "accuracy" else down for o in experiment.objectives]
     database = connect(storage)
-    if experiment.study not in [s.study_name for s in database.get_all_studies()]:
-        up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-        directions = [up if o == "accuracy" else down for o in experiment.objectives]
-        created = optuna.create_study(
-            study_name=experiment.study, storage=database, directions=directions
-        )
-        stored = {"version": __version__, "experiment": experiment.as_dict(), **facts}
-        created.set_user_attr(FACTS, stored)
-    study = optuna.load_study(study_name=experiment.study, storage=database, sampler=sampler)
+    study = find_or_create(database, experiment.study, directions, sampler)
+    # Another process may have created it a moment ago, or died before its facts were stored.
+    adopted = study.directions == directions and not study.get_trials(deepcopy=False)
+    if FACTS not in study.user_attrs and adopted:
+        kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
+        study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
     opened = Study(study, storage)
     if grown := _grow(opened, experiment, facts):
         # Loaded anew: Optuna keeps the trials and the choices that it has read.
@@ -333,8 +345,8 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         )
     if not edits and new["choices"] == old["choices"]:
         return ""
-    if workers := study.workers():
-        who = ", ".join(f"{w['host']}:{w['pid']}" for w in workers)
+    if busy := at_work(study.engine, study.name):
+        who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
         raise UserError(
             f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
             f"study; now it is searched by {who}: stop that, then run this again"
@@ -345,7 +357,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
 
 def free_name(storage: str, name: str) -> str:
     """The name, or NAME-2 and so on, that no study of the database has."""
-    storage = _checked_url(storage)
+    storage = checked_url(storage)
     path = sqlite_path(storage)
     taken = set[str]()
     if path is None or path.exists():
@@ -355,54 +367,6 @@ def free_name(storage: str, name: str) -> str:
         for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         if n not in taken
     )
-
-
-def connect(storage: str) -> RDBStorage:
-    """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sqlite = storage.startswith("sqlite")
-    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
-    try:
-        database = Database(storage, engine_kwargs=options)
-        if sqlite:
-            event.listen(database.engine, "connect", _write_ahead)
-            database.engine.dispose()
-            database.get_all_studies()
-    except (SQLAlchemyError, RuntimeError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
-        raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
-    except ImportError as error:
-        raise UserError(
-            f"the database {shown(storage)} needs a driver: {error}; "
-            "for PostgreSQL: pip install 'nasattn[cluster]'"
-        ) from None
-    return database
-
-
-def _write_ahead(connection: Any, record: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _checked_url(storage: str) -> str:
-    try:
-        url = storage_url(storage)
-        make_url(url)
-    except (ValueError, ArgumentError) as error:
-        raise UserError(f"storage: {error}") from None
-    return url
-
-
-def sqlite_path(storage: str) -> Path | None:
-    """The file of a sqlite URL; None for other databases and for sqlite in memory."""
-    url = make_url(storage)
-    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
-    return Path(str(url.database)) if in_file else None
-
-
-def shown(storage: str) -> str:
-    """The URL without its password."""
-    return make_url(storage).render_as_string(hide_password=True)
 
 
 def make_folder(folder: Path) -> None:

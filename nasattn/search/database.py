@@ -1,0 +1,108 @@
+"""A study's database: its URL, how it is reached, and what several processes create at once."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+
+from nasattn.config import storage_url
+from nasattn.errors import UserError
+from nasattn.search.rows import Database
+
+CREATING = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between tries while others create the tables
+BUSY = 20  # seconds for which sqlite waits for another process's transaction
+ANSWERS = 10  # seconds in which a server must answer at the start
+
+
+def connect(storage: str) -> RDBStorage:
+    """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for pause in (*CREATING, None):
+        try:
+            return _opened(storage)
+        except (SQLAlchemyError, StorageInternalError, RuntimeError, OSError) as error:
+            if pause and _half_created(error):
+                time.sleep(pause)
+                continue
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            reason = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
+            raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
+        except ImportError as error:
+            raise UserError(
+                f"the database {shown(storage)} needs a driver: {error}; "
+                "for PostgreSQL: pip install 'nasattn[cluster]'"
+            ) from None
+    raise AssertionError("the last try returns or raises")
+
+
+def _opened(storage: str) -> RDBStorage:
+    kind = make_url(storage).get_backend_name()
+    if kind == "sqlite":
+        database = Database(storage, engine_kwargs={"connect_args": {"timeout": BUSY}})
+        event.listen(database.engine, "connect", _write_ahead)
+        database.engine.dispose()
+        database.get_all_studies()
+        return database
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if kind == "postgresql":
+        options["connect_args"] = {"connect_timeout": ANSWERS}
+    return Database(storage, engine_kwargs=options)
+
+
+def _half_created(error: BaseException) -> bool:
+    """Whether another process is creating the same tables: Optuna looks, then creates."""
+    return isinstance(error, IntegrityError) or "already exists" in str(error)
+
+
+def _write_ahead(connection: Any, record: Any) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY * 1000}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def find_or_create(
+    database: RDBStorage,
+    name: str,
+    directions: Sequence[StudyDirection],
+    sampler: optuna.samplers.BaseSampler,
+) -> optuna.Study:
+    """Optuna's study of that name; created where it is not there, by one of several processes."""
+    try:
+        return optuna.load_study(study_name=name, storage=database, sampler=sampler)
+    except KeyError:
+        return optuna.create_study(
+            study_name=name,
+            storage=database,
+            directions=directions,
+            sampler=sampler,
+            load_if_exists=True,
+        )
+
+
+def checked_url(storage: str) -> str:
+    """The URL as SQLAlchemy wants it; a UserError when it is none."""
+    try:
+        url = storage_url(storage)
+        make_url(url)
+    except (ValueError, ArgumentError) as error:
+        raise UserError(f"storage: {error}") from None
+    return url
+
+
+def sqlite_path(storage: str) -> Path | None:
+    """The file of a sqlite URL; None for other databases and for sqlite in memory."""
+    url = make_url(storage)
+    in_file = url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:"
+    return Path(str(url.database)) if in_file else None
+
+
+def shown(storage: str) -> str:
+    """The URL without its password."""
+    return make_url(storage).render_as_string(hide_password=True)

@@ -1,0 +1,86 @@
+"""What to do when the ground goes: a database that does not answer is asked again for a while, a
+full disk ends the work at once. Either way the search stops with one message, and nothing is lost.
+"""
+
+import errno
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from nasattn.errors import Stopped
+
+T = TypeVar("T")
+
+PATIENCE = 120.0  # seconds from the first failure until the search stops
+PAUSES = 0.1, 10.0  # seconds between two tries, the first and the longest
+
+
+def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
+    """What `step` returns, tried again while the database is gone: it may have come to any point.
+
+    Raises Stopped when the database stays away or the disk is full.
+    """
+    began, (pause, longest) = None, PAUSES  # type: tuple[float | None, tuple[float, float]]
+    while True:
+        try:
+            found = step()
+        except Exception as error:
+            if full(error):
+                raise full_disk(error) from error
+            if not gone(error):
+                raise
+            now, reason = time.monotonic(), _reason(error)
+            if began is None:
+                began = now
+                note(f"the database does not answer ({reason}); it is tried again")
+            if now - began > PATIENCE:
+                raise Stopped(
+                    f"the database has not answered for {now - began:.0f} s ({reason}); what is "
+                    "finished is kept, the same command goes on"
+                ) from error
+            time.sleep(pause * random.SystemRandom().uniform(0.5, 1.0))
+            pause = min(2 * pause, longest)
+        else:
+            if began is not None:
+                note(f"the database answers again, after {time.monotonic() - began:.0f} s")
+            return found
+
+
+def full_disk(error: BaseException) -> Stopped:
+    return Stopped(
+        f"the disk is full ({_reason(error)}); nothing is lost: make room, the same command goes on"
+    )
+
+
+def gone(error: BaseException) -> bool:
+    """Whether the error means that the database could not be reached or was locked."""
+    return any(
+        isinstance(e, (OperationalError, InterfaceError))
+        or (isinstance(e, DBAPIError) and e.connection_invalidated)
+        for e in _causes(error)
+    )
+
+
+def full(error: BaseException) -> bool:
+    """Whether the error means that a disk is full: the system's, sqlite's or safetensors' own."""
+    texts = ("No space left on device", "disk is full", "Disk quota exceeded")
+    return any(
+        (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(text in str(e) for text in texts)
+        for e in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    """The driver's own words, on one line."""
+    last = list(_causes(error))[-1]
+    return str(getattr(last, "orig", None) or last).strip().split("\n")[0]

@@ -1,0 +1,240 @@
+"""What a worker does next. Decisions are made in turns, one worker at a time, from the rows as they
+stand then: so slots are exact in number, no architecture comes twice, and nothing is left behind.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study as OptunaStudy
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from nasattn.errors import TrialFailed
+from nasattn.pricing import Candidates
+from nasattn.record import Score, Trial
+from nasattn.search.lease import Lease, Leases, trial_lease
+from nasattn.search.samplers import Exhausted, Gate, Snapshot
+from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, VOID, Study, claim, read_trial
+
+DEATHS, TOKEN = "deaths", "token"
+MOST_DEATHS = 3  # workers that a trial may take with it without having come any further
+
+
+class Stopping(Protocol):
+    """Which trials are trained on: see nasattn.search.stopping."""
+
+    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool: ...
+
+    def promotable(self, trials: Sequence[Trial]) -> Trial | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A trial to evaluate, and Optuna's id of its row. token: tells it from the trial of another
+    database that had the same number. score: of an evaluation that had ended, but was not told."""
+
+    row: int
+    trial: Trial
+    token: str
+    score: Score | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a turn brought: a job or none, all trials as they stood, and how many of them others
+    are evaluating."""
+
+    job: Job | None
+    trials: list[Trial]
+    others: int
+
+    @property
+    def over(self) -> bool:
+        return self.job is None and not self.others
+
+
+class Slots:
+    """One worker's hand on a study's trials."""
+
+    def __init__(
+        self,
+        study: Study,
+        leases: Leases,
+        gate: Gate,
+        candidates: Candidates,
+        stopping: Stopping | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self.study, self.leases, self.gate, self.candidates = study, leases, gate, candidates
+        self.stopping, self.note = stopping, note
+        self.exhausted = False
+
+    def next(self, total: int, publish: Callable[[list[Trial]], None]) -> Turn:
+        """Take the next job of a study of `total` slots: a trial whose worker has gone, else a
+        stopped one that should go on, else a new slot. publish: called with all trials, in turn."""
+        with self.leases.turn():
+            # The leases first: who gives one back has told how its trial ended before.
+            held = self.leases.table()
+            rows = self.study.rows()
+            trials = self.study.read(rows)
+            publish(trials)
+            job, others = self._interrupted(rows, trials, held)
+            slot = held.get(trial_lease(len(rows)))
+            others += slot is not None and not self.leases.dead(slot.owner, held)
+            job = job or self._promoted(rows, trials) or self._fresh(rows, total)
+            if any(self.leases.dead(lease.owner, held) for lease in held.values()):
+                running = [trial_lease(t.number) for t in trials if t.state == "running"]
+                self.leases.reap(held, running)
+        return Turn(job, trials, others)
+
+    def finish(self, job: Job, score: Score) -> None:
+        """Tell a trial's score; done twice, it is as done once."""
+        if not self._mine(job):
+            return
+        values = {**job.trial.cost.values, "accuracy": score.accuracy}
+        objectives = [float(values[o]) for o in self.study.config.objectives]
+        with suppress(UpdateFinishedTrialError):
+            if job.score is None:
+                self._storage.set_trial_user_attr(job.row, SCORE, score.as_dict())
+            self._storage.set_trial_state_values(job.row, TrialState.COMPLETE, objectives)
+
+    def fail(self, job: Job, reason: str, trace: str) -> None:
+        """Tell that a trial has failed. The baseline stays open, to be tried again."""
+        if not self._mine(job):
+            return
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(job.row, REASON, reason)
+            self._storage.set_trial_user_attr(job.row, "traceback", trace)
+            if not job.trial.baseline:
+                self._storage.set_trial_state_values(job.row, TrialState.FAIL)
+
+    def goes_on(self, job: Job, partial: Score) -> bool:
+        """Store a trial's score at a rung; whether it is trained on. If not, it is told so."""
+        if not self._mine(job):
+            return False
+        assert self.stopping is not None
+        with self.leases.turn(), suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(job.row, PARTIAL, partial.as_dict())
+            trials = self.study.trials
+            if self.stopping.goes_on(trials[job.trial.number], trials):
+                return True
+            self._storage.set_trial_state_values(job.row, TrialState.PRUNED)
+        return False
+
+    def checkpoints(self, number: int) -> Path:
+        """The folder of a trial's training."""
+        return self.study.folder / "checkpoints" / str(number)
+
+    def _interrupted(
+        self, rows: Sequence[FrozenTrial], trials: Sequence[Trial], held: Mapping[str, Lease]
+    ) -> tuple[Job | None, int]:
+        """The first trial under evaluation that nobody has, and how many others have."""
+        found, others = None, 0
+        for row, trial in zip(rows, trials, strict=True):
+            if trial.state != "running":
+                continue
+            lease = held.get(trial_lease(trial.number))
+            if lease and lease.owner != self.leases.me and not self.leases.dead(lease.owner, held):
+                others += 1
+            elif found is None and self.leases.acquire(trial_lease(trial.number)):
+                # A lease that its owner could not give back: it died at this trial.
+                killed = lease is not None and lease.owner != self.leases.me
+                if killed and self._died(row, trial):
+                    continue
+                self.note(f"going on with what was interrupted: trial {trial.number}")
+                stored = row.user_attrs.get(SCORE)
+                score = Score.from_dict(stored) if stored else None
+                found = Job(row._trial_id, trial, row.user_attrs.get(TOKEN, ""), score)
+        return found, others
+
+    def _died(self, row: FrozenTrial, trial: Trial) -> bool:
+        """Count a worker's death at a trial; True when it was the last one, and the trial failed.
+
+        A training that had come further since the death before begins a new count: then it was not
+        the trial that killed."""
+        folder = self.checkpoints(trial.number)
+        files = sorted(folder.rglob("*")) if folder.exists() else []
+        at = [[file.name, file.stat().st_mtime_ns] for file in files if file.is_file()]
+        before = row.user_attrs.get(DEATHS, {"count": 0})
+        count = 1 + (before["count"] if before.get("at") == at else 0)
+        last = count >= MOST_DEATHS
+        if last:
+            count = 0  # of a baseline, which is tried again by the next command
+        self._storage.set_trial_user_attr(row._trial_id, DEATHS, {"count": count, "at": at})
+        if not last:
+            return False
+        reason = f"its worker was killed {MOST_DEATHS} times while it was evaluated"
+        if trial.baseline:
+            raise TrialFailed(f"the plain backbone could not be trained: {reason}")
+        self.fail(Job(row._trial_id, trial, ""), reason, "")
+        self.note(f"trial {trial.number} failed: {reason}")
+        self.leases.release(trial_lease(trial.number))
+        return True
+
+    def _promoted(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
+        """A stopped trial goes on in a new row, as a row that was told cannot change any more."""
+        trial = self.stopping.promotable(trials) if self.stopping else None
+        if trial is None or not self.leases.acquire(trial_lease(trial.number)):
+            return None
+        old = rows[trial.number]
+        attributes = {k: v for k, v in old.user_attrs.items() if k in (FACTS, PARTIAL, TOKEN)}
+        return self._written(old.params, old.distributions, attributes, old.system_attrs)
+
+    def _fresh(self, rows: Sequence[FrozenTrial], total: int) -> Job | None:
+        slot = len(rows)
+        if slot >= total or self.exhausted or not self.leases.acquire(trial_lease(slot)):
+            return None
+        self.gate.slot = slot
+        snapshot = Snapshot(self.study.optuna, rows, slot)
+        view = OptunaStudy(self.study.name, snapshot)
+        options = self.gate.infer_relative_search_space(view, snapshot.trial)
+        try:
+            params = self.gate.sample_relative(view, snapshot.trial, options)
+        except Exhausted:
+            self.note("no new architecture was found within the budget: complete")
+            self.exhausted = True
+            self.leases.release(trial_lease(slot))
+            return None
+        architecture = self.candidates.space.draw(lambda name, labels: str(params[name]))
+        cost = self.candidates.pricing.cost(params)
+        excesses = {m: cost.values[m] - limit for m, limit in self.candidates.limits.items()}
+        # optuna-dashboard (0.21) reads constraints only by their key before Optuna 5.
+        system = snapshot.kept | {"constraints": list(excesses.values())}
+        system |= {f"constraints:{metric}": value for metric, value in excesses.items()}
+        attributes = {FACTS: claim(slot, architecture, cost), TOKEN: secrets.token_hex(8)}
+        return self._written(params, options, attributes, system)
+
+    def _written(
+        self,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, Any],
+        user: Mapping[str, Any],
+        system: Mapping[str, Any],
+    ) -> Job | None:
+        """A new row, whole in one transaction."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions=dict(distributions),
+            user_attrs=dict(user),
+            system_attrs=dict(system),
+        )
+        row = self._storage.create_new_trial(self.study.optuna._study_id, template_trial=template)
+        job = Job(row, read_trial(template), user[TOKEN])
+        if self._mine(job):
+            return job
+        # This process stood still for so long that another has taken its turn and its slot.
+        self._storage.set_trial_user_attr(row, VOID, True)
+        self._storage.set_trial_state_values(row, TrialState.FAIL)
+        return None
+
+    def _mine(self, job: Job) -> bool:
+        return self.leases.holds(trial_lease(job.trial.number))
+
+    @property
+    def _storage(self) -> Any:
+        return self.study.optuna._storage

@@ -1,0 +1,141 @@
+"""A study's database, above all with several processes on it: real PostgreSQL and real sqlite."""
+
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from nasattn import load_study
+from nasattn.cli import main
+from nasattn.config import Experiment
+from nasattn.errors import UserError
+from nasattn.search.database import connect
+from nasattn.search.study import FACTS, Study, open_study
+
+FIELDS: dict[str, Any] = {
+    "study": "shared",
+    "space": {
+        "backbone": {"name": "mobilenet_v2", "width": 0.25, "rows": [[1, 32, 1, 1]]},
+        "sites": ["stage*.*"],
+        "blocks": {"se": {}},
+    },
+    "data": {"name": "cued_digits"},
+}
+KNOWN = {"plain": {"macs": 1}, "limits": {}, "cheapest": {"macs": 1}, "reference": {"macs": 2}}
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres"))
+    return f"sqlite:///{tmp_path}/one.db"
+
+
+def opened(url: str, **changes: Any) -> Study:
+    experiment = Experiment.from_dict(FIELDS | {"storage": url} | changes)
+    return open_study(experiment, KNOWN, optuna.samplers.RandomSampler())
+
+
+def test_many_create_one_study_at_once(url: str) -> None:
+    """Each with connections of its own, as processes have; Optuna alone fails here."""
+    found: list[Study] = []
+    errors: list[BaseException] = []
+    together = threading.Barrier(6)
+
+    def create() -> None:
+        together.wait()
+        try:
+            found.append(opened(url))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(found) == 6
+    assert len({study.optuna._study_id for study in found}) == 1
+    assert [s.study_name for s in connect(url).get_all_studies()] == ["shared"]
+    assert all(study.facts == found[0].facts for study in found)
+
+
+def test_a_creation_that_was_killed_half_way_is_completed(url: str) -> None:
+    directions = [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
+    connect(url).create_new_study(directions, "shared")
+    with pytest.raises(UserError, match="was not made by nasattn"):
+        load_study(url, "shared")
+    assert opened(url).facts == load_study(url, "shared").facts
+
+
+def test_a_study_of_others_is_left_alone(url: str) -> None:
+    other = optuna.create_study(storage=connect(url), study_name="shared")
+    with pytest.raises(UserError, match="was not made by nasattn"):
+        opened(url)
+    assert other.user_attrs == {}
+
+
+def test_the_password_is_not_stored(postgres: str) -> None:
+    password = postgres.partition("@")[0].rpartition(":")[2]
+    stored = str(opened(postgres).optuna.user_attrs[FACTS])
+    assert len(password) > 20
+    assert password not in stored
+    assert password in load_study(postgres, "shared").config.storage, "children need it"
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_every_spelling_of_a_url_is_one_database(postgres: str, scheme: str) -> None:
+    opened(postgres)
+    spelled = f"{scheme}://{postgres.partition('://')[2]}"
+    assert load_study(spelled, "shared").facts == opened(spelled).facts
+
+
+def unreachable(postgres: str) -> dict[str, str]:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    password = postgres.partition("@")[0].rpartition(":")[2]
+    server = postgres.rpartition("/")[0]
+    return {
+        "refused": f"{server.rpartition(':')[0]}:{port}/x",
+        "no database": f"{server}/no_such_database",
+        "password": postgres.replace(password, "s3cret"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("refused", "Connection refused"),
+        ("no database", 'database "no_such_database" does not exist'),
+        ("password", "password authentication failed"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_said_at_once(postgres: str, why: str, said: str) -> None:
+    url = unreachable(postgres)[why]
+    with pytest.raises(UserError) as caught:
+        load_study(url, "shared")
+    text = str(caught.value)
+    assert text.startswith("the database postgresql+psycopg://nasattn:***@127.0.0.1:")
+    assert said in text
+    assert "\n" not in text
+    assert url.partition("@")[0].rpartition(":")[2] not in text
+
+
+def test_the_command_line_says_it_in_one_line(
+    postgres: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = unreachable(postgres)["refused"]
+    monkeypatch.setattr(sys, "argv", ["nasattn", "status", "--storage", url, "--study", "shared"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("nasattn: the database postgresql+psycopg://nasattn:***@")
+    assert printed.err.count("\n") == 1

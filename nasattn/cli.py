@@ -51,9 +51,19 @@ def search(
     trials: Trials = None,
     storage: Storage = None,
     workers: Workers = None,
+    new_study: Annotated[
+        bool, typer.Option("--new-study", help="Begin anew, as NAME-2 where NAME is taken.")
+    ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
-    _search(_experiment(experiment, storage), trials, workers)
+    loaded = _experiment(experiment, storage)
+    if new_study:
+        from nasattn.search.study import free_name
+
+        name = free_name(loaded.storage, loaded.study)
+        print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
+        loaded = loaded.model_copy(update={"study": name})
+    _search(loaded, trials, workers)
 
 
 @app.command()
@@ -343,8 +353,10 @@ def _print_summary(summary: "dict[str, Any]") -> None:
         done = f"{final['done']} of {final['evaluations']} evaluations"
         summary = summary | {"final": done}
     for key, value in summary.items():
-        if key != "failures":
+        if key not in ("workers", "failures"):
             print(f"{key:>12}  {value}")
+    for worker in summary["workers"]:
+        print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")
     for failure in summary["failures"]:
         print(f"  trial {failure['number']} failed: {failure['reason']}")
 

@@ -2,7 +2,8 @@
 
     python long.py make runs/long.db [--trials 5000]    writes it, in seconds
     python long.py measure runs/long.db                 processor seconds of each command
-    python long.py loop runs/long.db [--trials 20]      of the first proposal, then of each trial
+    python long.py loop runs/long.db [--trials 20]      of the first proposal, of each trial
+    python long.py grow runs/long.db                    of a new block taken up by the study
 
 17 sites by 11 options (MobileNetV2 on 32x64 maps, about 5e17 architectures), budget 1.25x. The rows
 are those that a search writes, but for their accuracy, which a formula gives.
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,16 @@ SPACE = {
 }
 
 
-def experiment(database: Path, study: str, sampler: str = "frontier") -> Experiment:
+def experiment(database: Path, study: str, space: Mapping[str, Any] = SPACE) -> Experiment:
     return Experiment.from_dict(
         {
             "study": study,
             "storage": f"sqlite:///{database.resolve()}",
-            "space": SPACE,
+            "space": dict(space),
             "data": {"name": "cued_digits", "train": 640, "val": 64, "test": 64},
             "training": {"warm_start": True},
             "budget": {"macs": "1.25x"},
-            "search": {"sampler": sampler, "trials": 5000},
+            "search": {"sampler": "frontier", "trials": 5000},
         }
     )
 
@@ -73,18 +74,32 @@ def score(architecture: Architecture) -> Score:
     return Score(accuracy=accuracy, curve=curve, epochs=10, seconds=60.0, seed=0, evaluator="train")
 
 
-def make(database: Path, name: str, trials: int) -> None:
-    """In one transaction: through Optuna's own calls it would take minutes."""
-    from optuna.storages._rdb import models
-
+def opened(settings: Experiment) -> tuple[Any, SearchSpace, Pricing, dict[str, float]]:
     from nasattn.search.loop import space_facts
     from nasattn.search.study import open_study
 
-    settings = experiment(database, name)
     space = SearchSpace.of(settings.space)
     pricing = Pricing.of(settings, space)
     limits = {str(m): x.resolve(pricing.plain[m]) for m, x in settings.budget.items()}
     study = open_study(settings, space_facts(pricing, limits), RandomSampler())
+    return study, space, pricing, limits
+
+
+def grow(database: Path, name: str) -> None:
+    """A block more at each site: seconds of all that it takes before the search goes on."""
+    opened(experiment(database, name))  # imports, tables of costs
+    wider = SPACE | {"blocks": SPACE["blocks"] | {"simam": {}}}
+    began = time.process_time()
+    study, *_ = opened(experiment(database, name, wider))
+    spent = time.process_time() - began
+    print(f"{spent:.2f} s: {study.notes[0]}; {len(study.trials)} trials")
+
+
+def make(database: Path, name: str, trials: int) -> None:
+    """In one transaction: through Optuna's own calls it would take minutes."""
+    from optuna.storages._rdb import models
+
+    study, space, pricing, limits = opened(experiment(database, name))
     storage = study.optuna._storage._backend
     study_id = study.optuna._study_id
     distributions = {
@@ -248,7 +263,7 @@ def loop(database: Path, name: str, trials: int, profiled: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("make", "measure", "loop"))
+    parser.add_argument("what", choices=("make", "measure", "loop", "grow"))
     parser.add_argument("database", type=Path)
     parser.add_argument("--study", default="long")
     parser.add_argument("--trials", type=int)
@@ -258,6 +273,8 @@ def main() -> None:
         make(args.database, args.study, args.trials or 5000)
     elif args.what == "measure":
         measure(args.database, args.study)
+    elif args.what == "grow":
+        grow(args.database, args.study)
     else:
         loop(args.database, args.study, args.trials or 20, args.profile)
 

@@ -252,12 +252,13 @@ def create_table(engine: Engine) -> None:
             raise
 
 
-def workers(engine: Engine, study: str) -> list[Lease]:
-    """The live workers of a study, as far as one look can tell."""
+def workers(engine: Engine, study: str, watch: Watch | None = None) -> list[Lease]:
+    """The live workers of a study, as far as one look can tell, or the looks of a watch."""
     if not inspect(engine).has_table(TABLE.name):
         return []
-    watch, reader = Watch(), Leases(engine, study)
+    watch, reader = watch or Watch(), Leases(engine, study)
     found = [lease for lease in reader.table().values() if lease.name.startswith(WORKER)]
+    watch.look(found)
     return [lease for lease in found if not watch.dead(lease)]
 
 

@@ -103,7 +103,7 @@ class Search:
         """Say what is searched, and about how long it will take."""
         space, note, trials = self.space, self.display.note, self.study.trials
         done, count = finished(trials), self.candidates.count()
-        for text in self.data.notes:
+        for text in (*self.study.notes, *self.data.notes):
             note(text)
         if space.dropped:
             lines = {f"{spec} @ {site}: {why}" for site, spec, why in space.dropped}

@@ -24,7 +24,8 @@ from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
 from nasattn.search.final import evaluations, summarise
-from nasattn.search.lease import workers
+from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
+from nasattn.search.lease import Watch, workers
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
@@ -58,6 +59,7 @@ class Study:
         self.optuna = study
         self.name = study.study_name
         self.storage = storage
+        self.notes: list[str] = []  # what a search should say of how it was opened
         self._finished: dict[int, Trial] = {}
         self.refresh()
 
@@ -215,9 +217,9 @@ class Study:
             ],
         }
 
-    def workers(self) -> list[dict[str, Any]]:
+    def workers(self, watch: Watch | None = None) -> list[dict[str, Any]]:
         """What each live worker says of itself: host, pid, task, slot, share, accuracy, refused."""
-        found = workers(self.engine, self.name)
+        found = workers(self.engine, self.name, watch)
         return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
 
     @property
@@ -340,29 +342,67 @@ def open_study(
         make_folder(path.parent)
     up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
     directions = [up if o == "accuracy" else down for o in experiment.objectives]
-    study = find_or_create(connect(storage), experiment.study, directions, sampler)
+    database = connect(storage)
+    study = find_or_create(database, experiment.study, directions, sampler)
     # Another process may have created it a moment ago, or died before its facts were stored.
     adopted = study.directions == directions and not study.get_trials(deepcopy=False)
     if FACTS not in study.user_attrs and adopted:
         kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
         study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
     opened = Study(study, storage)
-    _refuse_edits(opened, experiment)
+    if grown := _grow(opened, experiment, facts):
+        # Loaded anew: Optuna keeps the trials and the choices that it has read.
+        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
+        opened = Study(study, storage)
+        opened.notes.append(grown)
     return opened
 
 
-def _refuse_edits(study: Study, experiment: Experiment) -> None:
+def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
+    """Take up a space that has grown; what is new, or the empty string.
+
+    A UserError for any other edit: what differs, and the ways out.
+    """
+    old, edited = study.facts, experiment.as_dict()
     edits = [
         line
-        for line in differences(study.config.as_dict(), experiment.as_dict())
+        for line in differences(study.config.as_dict(), edited)
         if not line.startswith(tuple(f"{key}: " for key in FREE))
     ]
-    if edits:
+    new = {**old, **facts, "experiment": old["experiment"] | {"space": edited["space"]}}
+    lost = losses(old, new)
+    if lost or not all(line.startswith(GROWING) for line in edits):
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
-            + "\n".join(f"  {line}" for line in edits)
-            + "\nUndo the edits to go on with it, or give the experiment another `study:` name."
+            + "".join(f"  {line}\n" for line in edits)
+            + (f"Its trials need what is gone: {told(lost)}.\n" if lost else "")
+            + "Undo the edits to go on with it, or start another study: give the experiment "
+            "another `study:` name, or use --new-study."
         )
+    if not edits and new["choices"] == old["choices"]:
+        return ""
+    if busy := at_work(study.engine, study.name):
+        who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
+        raise UserError(
+            f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
+            f"study; now it is searched by {who}: stop that, then run this again"
+        )
+    grow(study.engine, study.optuna._study_id, FACTS, old, new)
+    return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
+
+
+def free_name(storage: str, name: str) -> str:
+    """The name, or NAME-2 and so on, that no study of the database has."""
+    storage = checked_url(storage)
+    path = sqlite_path(storage)
+    taken = set[str]()
+    if path is None or path.exists():
+        taken = {s.study_name for s in connect(storage).get_all_studies()}
+    return next(
+        n
+        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        if n not in taken
+    )
 
 
 def make_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from nasattn.record import FINISHED
 from nasattn.search.display import Display, Worker
+from nasattn.search.lease import Watch
 from nasattn.search.study import FACTS, Study, finished
 
 
@@ -15,6 +16,7 @@ class Follower:
 
     def __init__(self, study: Study, display: Display) -> None:
         self.study, self.display = study, display
+        self._watch = Watch()
         self._states: dict[int, str] = {}
         self._workers: set[str] | None = None
 
@@ -22,7 +24,8 @@ class Follower:
         """Show what there is now, and say what has come since the last look, if this is not the
         first. False when nothing is left to wait for: the study is complete and nobody works."""
         # The workers first: a trial that one of them ends meanwhile is then seen to end.
-        facts, trials, display = self.study.workers(), self.study.trials, self.display
+        facts = self.study.workers(self._watch)
+        trials, display = self.study.trials, self.display
         workers, refused = described(facts), sum(f.get("refused", 0) for f in facts)
         stored = self.study.optuna.user_attrs[FACTS]["experiment"]
         total = int(stored["search"]["trials"])

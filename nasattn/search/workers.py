@@ -186,9 +186,11 @@ def search_with(
     if in_memory(study.engine):
         raise UserError("several workers need a database that they share; storage is in memory")
     total = search.plan(total)
-    if finished(study.trials) >= total:
+    complete, final = finished(study.trials) >= total, study.final()
+    if complete and (final is None or final["done"] == final["evaluations"]):
         return search.run(total)
-    search.announce(total, count)
+    if not complete:
+        search.announce(total, count)
     del search
     crew = Crew(launcher or Local(experiment.trainer), study, total, count, display.note)
     follower, away = Follower(study, display), False

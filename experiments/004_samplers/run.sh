@@ -1,5 +1,6 @@
 #!/bin/sh
-# What results.csv does not hold yet: all methods, tables and costs by 10 seeds, then the table of RESULTS.md. pip install '.[bench]' first.
+# pip install '.[bench]' first. Runs what results.csv does not hold yet (all: delete it; half an hour of
+# one core), prints the table of RESULTS.md, draws the picture.
 set -e
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import TrialFailed, reason
+from nasattn.errors import TrialFailed, UserError, reason
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import FINISHED, Score, Trial
@@ -50,6 +50,11 @@ class Search:
     """One process's work on a study, alone or beside others."""
 
     def __init__(self, experiment: Experiment, display: Display) -> None:
+        if experiment.search.stopping != "none":
+            raise UserError(
+                f"search.stopping: got {experiment.search.stopping}, which no search can do yet; "
+                "allowed for now: none"
+            )
         self.experiment, self.display = experiment, display
         self.space = SearchSpace.of(experiment.space)
         self.pricing = Pricing.of(experiment, self.space)

@@ -25,6 +25,11 @@ ANSWERS = 10  # seconds in which a server must answer at the start
 def connect(storage: str) -> RDBStorage:
     """The database, with sqlite in write-ahead mode; a UserError when it cannot be reached."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if make_url(storage).get_backend_name() == "sqlite" and sqlite_path(storage) is None:
+        raise UserError(
+            f"storage: got '{storage}': a study in memory is seen by no other command and would be "
+            "lost; allowed: a file, such as sqlite:///runs/nasattn.db"
+        )
     for pause in (*CREATING, None):
         try:
             return _opened(storage)

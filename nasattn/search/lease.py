@@ -114,8 +114,6 @@ class Leases:
         self.engine, self.study, self.watch = engine, study, watch or Watch()
         self.me = uuid.uuid4().hex
         self.doing: dict[str, Any] = {}
-        # A database in the memory of this process has no other observers, and one connection only.
-        self._alone = in_memory(engine)
         self._who = identity()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -124,8 +122,7 @@ class Leases:
     def __enter__(self) -> "Leases":
         create_table(self.engine)
         self.renew()
-        if not self._alone:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -135,8 +132,7 @@ class Leases:
         trace: TracebackType | None,
     ) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
         try:
             with self.engine.begin() as connection:
                 connection.execute(delete(TABLE).where(self._of(owner=self.me)))
@@ -260,11 +256,6 @@ def workers(engine: Engine, study: str, watch: Watch | None = None) -> list[Leas
     found = [lease for lease in reader.table().values() if lease.name.startswith(WORKER)]
     watch.look(found)
     return [lease for lease in found if not watch.dead(lease)]
-
-
-def in_memory(engine: Engine) -> bool:
-    """Whether the database is sqlite's in the memory of this process."""
-    return engine.dialect.name == "sqlite" and engine.url.database in (None, "", ":memory:")
 
 
 def identity() -> dict[str, Any]:

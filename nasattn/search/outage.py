@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 PATIENCE = 120.0  # seconds from the first failure until the search stops
 PAUSES = 0.1, 10.0  # seconds between two tries, the first and the longest
+pause = time.sleep
 
 
 def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
@@ -23,7 +24,7 @@ def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
 
     Raises Stopped when the database stays away or the disk is full.
     """
-    began, (pause, longest) = None, PAUSES  # type: tuple[float | None, tuple[float, float]]
+    began, (seconds, longest) = None, PAUSES  # type: tuple[float | None, tuple[float, float]]
     while True:
         try:
             found = step()
@@ -41,8 +42,8 @@ def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
                     f"the database has not answered for {now - began:.0f} s ({reason}); what is "
                     "finished is kept, the same command goes on"
                 ) from error
-            time.sleep(pause * random.SystemRandom().uniform(0.5, 1.0))
-            pause = min(2 * pause, longest)
+            pause(seconds * random.SystemRandom().uniform(0.5, 1.0))
+            seconds = min(2 * seconds, longest)
         else:
             if began is not None:
                 note(f"the database answers again, after {time.monotonic() - began:.0f} s")

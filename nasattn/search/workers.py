@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 
 from nasattn.config import Experiment, TrainerFile
-from nasattn.errors import Stopped, UserError
+from nasattn.errors import Stopped
 from nasattn.search.display import Display
-from nasattn.search.lease import PARENT, in_memory
+from nasattn.search.lease import PARENT
 from nasattn.search.loop import Search
 from nasattn.search.outage import gone
 from nasattn.search.study import Study, finished
@@ -183,8 +183,6 @@ def search_with(
     """
     search = Search(experiment, display)
     study = search.study
-    if in_memory(study.engine):
-        raise UserError("several workers need a database that they share; storage is in memory")
     total = search.plan(total)
     if finished(study.trials) >= total:
         return search.run(total)

@@ -1,0 +1,595 @@
+"""Several workers on one study, and what befalls them: deaths, outages, full disks, jumping clocks.
+
+Where the training is not the matter a formula stands for it, and workers are forks of this process.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import OperationalError
+from test_search import Formula, Write, by_formula, rows, searching, write
+
+from nasattn import load_study
+from nasattn.architecture import Architecture
+from nasattn.config import Experiment
+from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.evaluate.train import Tick
+from nasattn.pricing import Pricing
+from nasattn.record import Score, Trial
+from nasattn.search import lease, loop, outage, workers
+from nasattn.search.display import Display
+from nasattn.search.lease import Lease, Leases, Watch
+from nasattn.search.study import connect
+from nasattn.space import SearchSpace
+
+__all__ = ["write"]
+FORK = multiprocessing.get_context("fork")
+
+
+def url(path: Path) -> str:
+    return f"sqlite:///{path.parent}/runs/tiny.db"
+
+
+def forked(work: Callable[[], Any]) -> Any:
+    """A process that does the work and ends, without this one's exit handlers."""
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            print(type(error).__name__, error, flush=True)
+            os._exit(1)
+        os._exit(0)
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
+
+
+class Slow(Formula):
+    """Takes a moment, and writes down what it evaluates."""
+
+    def __init__(self, log: Path, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.log, self.seconds = log, seconds
+
+    def __call__(self, architecture: Architecture, tick: Tick, **options: Any) -> tuple[Score, Any]:
+        time.sleep(self.seconds)
+        found = super().__call__(architecture, tick, **options)
+        with self.log.open("a") as file:
+            file.write(architecture.key + "\n")
+        return found
+
+
+def with_calls(function: Callable[..., Any]) -> Any:
+    """An evaluator that does what the function does."""
+
+    class Called(Formula):
+        def __call__(self, *arguments: Any, **options: Any) -> tuple[Score, Any]:
+            found: tuple[Score, Any] = function(*arguments, **options)
+            return found
+
+    return Called()
+
+
+@pytest.fixture(autouse=True)
+def prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A space's costs are counted once for all of a test's searches: half a second each."""
+    of, known = Pricing.of, list[Pricing]()
+
+    def once(experiment: Experiment, space: SearchSpace) -> Pricing:
+        if not known:
+            known.append(of(experiment, space))
+        return known[0]
+
+    monkeypatch.setattr(Pricing, "of", staticmethod(once))
+
+
+# --- leases
+
+
+def test_a_watch_believes_beats_and_no_clock_but_its_own() -> None:
+    now = [0.0]
+    watch = Watch(lambda: now[0])
+
+    def worker(beat: int) -> Lease:
+        return Lease("worker:a", "a", beat, {"host": "elsewhere", "place": "elsewhere", "pid": 1})
+
+    def look(beat: int, seconds: float) -> bool:
+        now[0] += seconds
+        watch.look([worker(beat)])
+        return watch.dead(worker(beat))
+
+    assert not look(0, 0)
+    assert not any(look(beat, 10) for beat in range(1, 20)), "it beats"
+    assert [look(19, 10) for _ in range(7)] == [False] * 6 + [True], "it has stood still for 60 s"
+    assert not look(20, 10), "it beats again"
+    assert not look(20, 1e6), "the observer itself was away: it begins anew"
+    assert [look(20, 10) for _ in range(7)] == [False] * 6 + [True]
+    assert watch.dead(None), "it has signed off"
+    assert not Watch().dead(worker(3)), "not seen before: no judgement"
+
+
+def test_a_process_of_this_host_is_known_to_be_gone_at_once() -> None:
+    child = forked(lambda: time.sleep(60))
+    me = lease.identity()
+    facts = me | {"pid": child.pid, "started": lease._stat(child.pid)[1]}
+    assert not Watch().dead(Lease("worker:a", "a", 0, facts))
+    assert Watch().dead(Lease("worker:a", "a", 0, facts | {"started": "another"})), "pid reused"
+    os.kill(child.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while not Watch().dead(Lease("worker:a", "a", 0, facts)):  # a zombie until it is waited for
+        assert time.monotonic() < deadline
+    child.join()
+    assert not Watch().dead(Lease("worker:a", "a", 0, facts | {"place": "elsewhere"}))
+
+
+def test_one_of_two_gets_a_lease_and_a_dead_ones_is_taken_over(tmp_path: Path) -> None:
+    engine = connect(f"sqlite:///{tmp_path}/x.db").engine
+    now = [0.0]
+    with Leases(engine, "s", Watch(lambda: now[0])) as a, Leases(engine, "s") as b:
+        other = Leases(engine, "t")
+        with other:
+            assert a.acquire("turn") and a.acquire("turn")
+            assert not b.acquire("turn")
+            assert other.acquire("turn"), "another study's turn is another one"
+        a.release("turn")
+        assert b.acquire("turn") and b.holds("turn") and not a.holds("turn")
+        assert {w.owner for w in lease.workers(engine, "s")} == {a.me, b.me}
+        b._stop.set()
+        b._thread.join()
+        strange = {"host": "elsewhere", "place": "elsewhere", "pid": 1, "started": ""}
+        b._who = strange
+        b.renew()
+        for _ in range(8):
+            assert not a.acquire("turn")
+            now[0] += 10
+            a.renew()
+        assert a.acquire("turn"), "its beat has stood still"
+        assert a.holds("turn") and not b.holds("turn")
+        a.reap(a.table(), [])
+        assert lease.WORKER + b.me not in a.table()
+        b.renew()
+        assert not b.acquire("turn"), "it comes back, and what it held is another's"
+    assert Leases(engine, "s").table() == {}, "who leaves takes all with him"
+
+
+def test_many_create_the_table_at_once(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/x.db"
+    connect(storage).engine.dispose()
+    children = [forked(lambda: Leases(connect(storage).engine, "s").__enter__()) for _ in range(6)]
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+
+
+# --- workers
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_several_workers_do_each_trial_once(write: Write, tmp_path: Path, count: int) -> None:
+    path, log = write(search={"sampler": "frontier", "seed": 2}), tmp_path / "log"
+    by_formula(path, 1, Slow(log))
+    work = [forked(lambda: by_formula(path, 25, Slow(log, 0.02))) for _ in range(count)]
+    for process in work:
+        process.join()
+        assert process.exitcode == 0
+    study = load_study(url(path), "tiny")
+    assert [t.number for t in study.trials] == list(range(25))
+    assert all(t.state == "scored" for t in study.trials)
+    keys = [t.architecture.key for t in study.trials]
+    assert len(set(keys)) == 25
+    assert sorted(log.read_text().split()) == sorted(keys), "none was evaluated twice"
+    assert len(study.optuna.get_trials()) == 25
+    assert study.workers() == []
+    kept = {int(p.stem) for p in (study.folder / "weights").glob("*.safetensors")}
+    assert kept == {t.number for t in study.frontier()} | {0}
+
+
+class Deadly(Formula):
+    """Kills its process at some of its calls."""
+
+    def __init__(self, at: set[str]) -> None:
+        super().__init__()
+        self.at = at
+
+    def __call__(self, architecture: Architecture, tick: Tick, **options: Any) -> tuple[Score, Any]:
+        if architecture.key in self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(architecture, tick, **options)
+
+
+def killed(path: Path, trials: int, at: set[str]) -> None:
+    child = forked(lambda: by_formula(path, trials, Deadly(at)))
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_a_trial_that_kills_its_worker_three_times_fails(write: Write) -> None:
+    whole = by_formula(write("whole"), 6)
+    path, third = write("torn"), whole.trials[3].architecture.key
+    for _ in range(3):
+        killed(path, 6, {third})
+    study = by_formula(path, 6)
+    assert [t.state for t in study.trials] == ["scored"] * 3 + ["failed"] + ["scored"] * 2
+    assert "killed 3 times" in study.trials[3].reason
+    assert rows(study)[:3] == rows(whole)[:3]
+
+
+def test_a_trial_that_gets_further_each_time_does_not_fail(write: Write) -> None:
+    whole = by_formula(write("whole"), 6)
+    path, third = write("torn"), whole.trials[3].architecture.key
+    folder = path.parent / "runs" / "tiny" / "checkpoints" / "3"
+    for epoch in range(5):
+        killed(path, 6, {third})
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{epoch}.safetensors").write_text("as a training would leave it")
+    assert rows(by_formula(path, 6)) == rows(whole)
+    assert not folder.exists(), "a finished trial needs none"
+
+
+def test_a_baseline_that_kills_its_worker_ends_the_search(write: Write) -> None:
+    whole = by_formula(write("whole"), 4)
+    path, plain = write("torn"), whole.trials[0].architecture.key
+    for _ in range(3):
+        killed(path, 4, {plain})
+    with pytest.raises(TrialFailed, match=r"plain backbone .* killed 3 times"):
+        by_formula(path, 4)
+    assert rows(by_formula(path, 4)) == rows(whole), "the next command tries it again"
+
+
+def kill_at(engine: Any, statement: int) -> None:
+    """Have this process die at its n-th SQL statement."""
+    left = [statement]
+
+    def count(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    event.listen(engine, "before_cursor_execute", count)
+
+
+def torn(path: Path, log: Path, kills: int, trials: int, seed: int) -> int:
+    """Run a search whose process is killed at random statements; how often it was."""
+    rng, died = random.Random(seed), 0
+    for _ in range(kills):
+        statement = rng.randrange(1, 160)
+
+        def work(statement: int = statement) -> None:
+            search = searching(path)
+            search.evaluator = Slow(log)  # type: ignore[assignment]
+            kill_at(search.study.engine, statement)
+            search.run(trials)
+
+        child = forked(work)
+        child.join()
+        died += child.exitcode == -signal.SIGKILL
+    return died
+
+
+@pytest.mark.parametrize(
+    ("kills", "trials"), [(8, 30), pytest.param(100, 60, marks=pytest.mark.slow)]
+)
+def test_kills_at_any_statement_lose_nothing(
+    write: Write, tmp_path: Path, kills: int, trials: int
+) -> None:
+    options = {"sampler": "tpe", "seed": 5}
+    whole, path = by_formula(write("whole", search=options), trials), write("torn", search=options)
+    log = tmp_path / "log"
+    assert torn(path, log, kills, trials, seed=kills) > 0.7 * kills
+    study = by_formula(path, trials, Slow(log))
+    assert rows(study) == rows(whole)
+    assert [t.number for t in study.frontier()] == [t.number for t in whole.frontier()]
+    evaluated = log.read_text().split()
+    assert len(evaluated) == len(set(evaluated)) == trials, "none was evaluated twice"
+
+
+def test_a_score_that_could_not_be_told_is_found_with_the_weights(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database goes after the training; the next command tells the score without training."""
+    whole, path = by_formula(write("whole"), 4), write("torn")
+    monkeypatch.setattr(outage, "PATIENCE", 0.2)
+    by_formula(path, 2)
+
+    def failing() -> None:
+        search, said = searching(path), list[str]()
+        monkeypatch.setattr(search.display, "note", said.append)
+
+        def fail(*_: Any) -> None:
+            raise OperationalError("select", {}, Exception("server closed the connection"))
+
+        def evaluate(*a: Any, **k: Any) -> Any:
+            event.listen(search.study.engine, "before_cursor_execute", fail)
+            return Formula()(*a, **k)
+
+        search.evaluator = with_calls(evaluate)
+        with pytest.raises(Stopped, match=r"not answered .*server closed the connection.*is kept"):
+            search.run(4)
+        assert any("does not answer" in text for text in said)
+
+    child = forked(failing)
+    child.join()
+    assert child.exitcode == 0
+    again = Formula()
+    assert rows(by_formula(path, 4, again)) == rows(whole)
+    assert again.calls == 1, "trial 2 was trained before"
+
+
+def test_a_database_that_comes_back_is_waited_for(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locked by another connection for longer than sqlite itself waits."""
+    whole, path = by_formula(write("whole"), 5), write("torn")
+    by_formula(path, 2)
+    search, said = searching(path), list[str]()
+    monkeypatch.setattr(search.display, "note", said.append)
+    locker = create_engine(url(path)).connect()
+
+    def impatient(connection: Any, *_: Any) -> None:
+        connection.execute("PRAGMA busy_timeout=20")
+
+    def evaluate(*a: Any, **k: Any) -> Any:
+        if formula.calls == 0:
+            locker.execute(text("UPDATE studies SET study_name = study_name"))
+        return formula(*a, **k)
+
+    def paused(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            locker.rollback()
+
+    formula, pauses = Formula(), list[float]()
+    event.listen(search.study.engine, "checkout", impatient)
+    search.evaluator = with_calls(evaluate)
+    monkeypatch.setattr(outage, "pause", paused)
+    study = search.run(5)
+    locker.close()
+    assert rows(study) == rows(whole)
+    assert len(pauses) == 4 and formula.calls == 3
+    assert [text for text in said if "database is locked" in text]
+    assert [text for text in said if "answers again" in text]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_stops_the_search_and_loses_nothing(
+    write: Write, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    whole, path = by_formula(write("whole"), 4), write("torn")
+    by_formula(path, 2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "store", full)
+        with pytest.raises(Stopped, match=r"the disk is full.*No space left"):
+            by_formula(path, 4)
+    assert [t.state for t in load_study(url(path), "tiny").trials] == ["scored"] * 2 + ["running"]
+    assert rows(by_formula(path, 4)) == rows(whole)
+
+
+def test_a_worker_that_lost_its_trial_keeps_silent(write: Write) -> None:
+    """It stood still for so long that another took the trial over: its result is not told."""
+    path = write()
+    by_formula(path, 2)
+    search, formula = searching(path), Formula(frozenset({2}))
+
+    def robbed(*a: Any, **k: Any) -> Any:
+        other = Leases(search.study.engine, "tiny")
+        other._who |= {"host": "elsewhere", "place": "elsewhere"}
+        other.renew()
+        with search.study.engine.begin() as connection:
+            taken = f"UPDATE nasattn_lease SET owner = '{other.me}' WHERE name = 'trial:2'"
+            connection.execute(text(taken))
+        return formula(*a, **k)
+
+    search.evaluator = with_calls(robbed)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(4)
+    assert formula.calls == 2, "it went on with the next trial"
+    trials = load_study(url(path), "tiny").trials
+    assert [t.state for t in trials] == ["scored", "scored", "running", "running"]
+
+
+def test_a_study_in_memory_is_refused(write: Write) -> None:
+    for storage in ("sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(UserError, match=r"in memory .* would be lost"):
+            searching(write(storage=storage))
+
+
+class Rungs(Formula):
+    """Two rungs, the first of which says the same as the last."""
+
+    rungs = (1, 2)
+
+    def __call__(
+        self, architecture: Architecture, tick: Tick, *, rung: int | None = None, **options: Any
+    ) -> tuple[Score, Any]:
+        score, weights = super().__call__(architecture, tick)
+        count = 1 if rung is None else rung + 1
+        return replace(score, rungs=(score.accuracy,) * count, epochs=count), weights
+
+
+class Best:
+    """Stops what is not the best so far; promotes the best of the stopped when six have ended."""
+
+    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool:
+        assert trial.partial is not None
+        rivals = [t.partial or t.score for t in trials if t.number != trial.number]
+        return all(r is None or r.accuracy < trial.partial.accuracy for r in rivals)
+
+    def promotable(self, trials: Sequence[Trial]) -> Trial | None:
+        stopped = [t for t in trials if t.state == "stopped" and t.partial]
+        if len(trials) < 12 or len(stopped) < 6:
+            return None
+        return max(stopped, key=lambda t: t.partial.accuracy if t.partial else 0.0)
+
+    def notes(self, trials: Sequence[Trial]) -> list[str]:
+        return []
+
+
+def test_stopped_trials_go_on_when_they_are_promoted(write: Write) -> None:
+    def run(folder: str, stop_at: frozenset[int] = frozenset()) -> Any:
+        search = searching(write(folder))
+        search.evaluator, search.stopping = Rungs(stop_at), Best()  # type: ignore[assignment]
+        return search.run(12)
+
+    study = run("whole")
+    trials = study.trials
+    assert [t.number for t in trials] == list(range(12))
+    states = [t.state for t in trials]
+    assert states.count("stopped") == 5 and states.count("scored") == 7
+    assert len(study.optuna.get_trials()) > 12, "a promoted trial has a row more"
+    for trial in trials:
+        known = trial.score or trial.partial
+        assert known is not None and len(known.rungs) == (2 if trial.score else 1)
+    assert all("stopped at rung 1 " in t.reason for t in trials if t.state == "stopped")
+    for call in (2, 5, 11):
+        with pytest.raises(KeyboardInterrupt):
+            run("torn", frozenset({call}))
+    torn = run("torn")
+    assert rows(torn) == rows(study)
+    assert [t.state for t in torn.trials] == states
+
+
+@pytest.mark.slow
+def test_kills_within_real_trainings_lose_nothing(write: Write) -> None:
+    """At least twenty kills at steps of Lightning trainings, of the backbone's and of trials'."""
+    data = {"name": "cued_digits", "train": 192, "val": 64, "test": 64}
+    training = {"epochs": 2, "batch_size": 32, "lr": 0.01, "warm_start": True, "ema": 0.9}
+    options: dict[str, Any] = {"data": data, "training": training}
+    whole, path, trials = searching(write("whole", **options)).run(18), write("torn", **options), 18
+    rng, kills, step = random.Random(0), 0, 0
+    while True:
+        # Never twice in a row before the end of an epoch: three times would fail the trial.
+        step = rng.choice([9, 11, 13, 16] + [3] * (step != 3))
+
+        def work(step: int = step) -> None:
+            search, left = searching(path), [step]
+            tick = search._tick
+
+            def deadly(share: float, accuracy: float | None) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                tick(share, accuracy)
+
+            search._tick = deadly  # type: ignore[method-assign]
+            search.run(trials)
+
+        child = forked(work)
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 20
+    study = load_study(url(path), "tiny")
+    assert rows(study) == rows(whole)
+    for trial in study.frontier():
+        a, b = (load_file(loop.weights_file(s, trial.number)) for s in (study, whole))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Forks:
+    """A launcher whose workers are forks, the first of which kill themselves."""
+
+    def __init__(self, path: Path, total: int, log: Path, deaths: int) -> None:
+        self.path, self.total, self.log, self.deaths = path, total, log, deaths
+        self.started = 0
+
+    def start(self, command: Any, index: int, log: Path, env: Any) -> "ForkProcess":
+        self.started += 1
+        seed = self.started if self.started <= self.deaths else 0
+
+        def work() -> None:
+            search = searching(self.path)
+            search.evaluator = Slow(self.log, 0.01)  # type: ignore[assignment]
+            if seed:
+                kill_at(search.study.engine, 40 + 30 * seed)
+            search.run(self.total)
+
+        return ForkProcess(forked(work))
+
+
+class ForkProcess:
+    def __init__(self, process: Any) -> None:
+        self.process, self.where = process, f"pid {process.pid}"
+
+    def poll(self) -> int | None:
+        code: int | None = self.process.exitcode
+        return code
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def test_a_killed_worker_is_replaced(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Evaluator", lambda *a: Formula())
+    path, log, said = write(), tmp_path / "log", list[str]()
+    display = Display(Console(quiet=True))
+    monkeypatch.setattr(display, "note", said.append)
+    launcher = Forks(path, 20, log, deaths=4)
+    study = workers.search_with(searching(path).experiment, 20, 3, display, launcher)
+    assert [t.state for t in study.trials] == ["scored"] * 20
+    assert launcher.started == 7
+    assert sum("another takes its place" in text for text in said) == 4
+    evaluated = log.read_text().split()
+    assert len(evaluated) == len(set(evaluated)) == 20
+
+
+def test_workers_that_stop_by_themselves_are_not_replaced(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "Evaluator", lambda *a: Formula())
+
+    class Failing:
+        started = 0
+
+        def start(self, command: Any, index: int, log: Path, env: Any) -> ForkProcess:
+            self.started += 1
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("much\nnasattn: the disk is full\n")
+            return ForkProcess(forked(lambda: os._exit(1)))
+
+    launcher = Failing()
+    with pytest.raises(Stopped, match=r"^the disk is full$"):
+        experiment = searching(write()).experiment
+        workers.search_with(experiment, 20, 3, Display(Console(quiet=True)), launcher)
+    assert launcher.started == 3
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nasattn.config import TrainerFile
+
+    monkeypatch.setattr(workers.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert workers.visible_devices(TrainerFile(accelerator="gpu")) == ["4", "5", "6", "7"]
+    assert workers.visible_devices(TrainerFile(devices=2)) == ["4,5", "6,7"]
+    assert workers.visible_devices(TrainerFile(accelerator="cpu")) == []

@@ -34,8 +34,9 @@ from nasattn.pricing import Candidates
 from nasattn.record import Score
 from nasattn.search.display import Display
 from nasattn.search.loop import Search, weights_of_trial
-from nasattn.search.samplers import SAMPLERS
+from nasattn.search.samplers import SAMPLERS, Gate
 from nasattn.search.study import Study
+from nasattn.space import SearchSpace
 
 Write = Callable[..., Path]
 
@@ -163,26 +164,26 @@ def test_interruptions_change_nothing(write: Write, sampler: str) -> None:
 def test_a_death_within_a_proposal_changes_nothing(
     write: Write, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row whose architecture was only half suggested is dropped and its slot drawn again."""
-    import optuna
-
+    """A proposal that was not yet written, or written and not yet evaluated, is made again."""
     options = search_options(sampler)
     whole = by_formula(write("whole", search=options), 20)
     path = write("torn", search=options)
-    suggest = optuna.trial.Trial.suggest_categorical
-    countdown = [50]
+    for place in ("sample_relative", "draw"):
+        where: Any = Gate if place == "sample_relative" else SearchSpace
+        propose, countdown = getattr(where, place), [5]
 
-    def dying(trial: Any, name: str, choices: Any) -> Any:
-        countdown[0] -= 1
-        if countdown[0] == 0:
-            raise KeyboardInterrupt
-        return suggest(trial, name, choices)
+        def dying(*arguments: Any, propose: Any = propose, countdown: Any = countdown) -> Any:
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                raise KeyboardInterrupt
+            return propose(*arguments)
 
-    monkeypatch.setattr(optuna.trial.Trial, "suggest_categorical", dying)
-    with pytest.raises(KeyboardInterrupt):
-        by_formula(path, 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(where, place, dying)
+            with pytest.raises(KeyboardInterrupt):
+                by_formula(path, 20)
     torn = by_formula(path, 20)
-    assert len(torn.optuna.trials) == 21, "one row was dropped"
+    assert len(torn.optuna.trials) == 20, "a row is whole or not at all"
     assert rows(torn) == rows(whole)
 
 

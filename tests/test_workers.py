@@ -8,13 +8,16 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from test_search import Formula, Write, by_formula, rows, searching, write
@@ -25,7 +28,7 @@ from nasattn.config import Experiment
 from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate.train import Tick
 from nasattn.pricing import Pricing
-from nasattn.record import Score
+from nasattn.record import Score, Trial
 from nasattn.search import lease, loop, outage, workers
 from nasattn.search.display import Display
 from nasattn.search.lease import Lease, Leases, Watch
@@ -413,6 +416,100 @@ def test_a_study_in_memory_is_refused(write: Write) -> None:
     for storage in ("sqlite://", "sqlite:///:memory:"):
         with pytest.raises(UserError, match=r"in memory .* would be lost"):
             searching(write(storage=storage))
+
+
+class Rungs(Formula):
+    """Two rungs, the first of which says the same as the last."""
+
+    rungs = (1, 2)
+
+    def __call__(
+        self, architecture: Architecture, tick: Tick, *, rung: int | None = None, **options: Any
+    ) -> tuple[Score, Any]:
+        score, weights = super().__call__(architecture, tick)
+        count = 1 if rung is None else rung + 1
+        return replace(score, rungs=(score.accuracy,) * count, epochs=count), weights
+
+
+class Best:
+    """Stops what is not the best so far; promotes the best of the stopped when six have ended."""
+
+    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool:
+        assert trial.partial is not None
+        rivals = [t.partial or t.score for t in trials if t.number != trial.number]
+        return all(r is None or r.accuracy < trial.partial.accuracy for r in rivals)
+
+    def promotable(self, trials: Sequence[Trial]) -> Trial | None:
+        stopped = [t for t in trials if t.state == "stopped" and t.partial]
+        if len(trials) < 12 or len(stopped) < 6:
+            return None
+        return max(stopped, key=lambda t: t.partial.accuracy if t.partial else 0.0)
+
+    def notes(self, trials: Sequence[Trial]) -> list[str]:
+        return []
+
+
+def test_stopped_trials_go_on_when_they_are_promoted(write: Write) -> None:
+    def run(folder: str, stop_at: frozenset[int] = frozenset()) -> Any:
+        search = searching(write(folder))
+        search.evaluator, search.stopping = Rungs(stop_at), Best()  # type: ignore[assignment]
+        return search.run(12)
+
+    study = run("whole")
+    trials = study.trials
+    assert [t.number for t in trials] == list(range(12))
+    states = [t.state for t in trials]
+    assert states.count("stopped") == 5 and states.count("scored") == 7
+    assert len(study.optuna.get_trials()) > 12, "a promoted trial has a row more"
+    for trial in trials:
+        known = trial.score or trial.partial
+        assert known is not None and len(known.rungs) == (2 if trial.score else 1)
+    assert all("stopped at rung 1 " in t.reason for t in trials if t.state == "stopped")
+    for call in (2, 5, 11):
+        with pytest.raises(KeyboardInterrupt):
+            run("torn", frozenset({call}))
+    torn = run("torn")
+    assert rows(torn) == rows(study)
+    assert [t.state for t in torn.trials] == states
+
+
+@pytest.mark.slow
+def test_kills_within_real_trainings_lose_nothing(write: Write) -> None:
+    """At least twenty kills at steps of Lightning trainings, of the backbone's and of trials'."""
+    data = {"name": "cued_digits", "train": 192, "val": 64, "test": 64}
+    training = {"epochs": 2, "batch_size": 32, "lr": 0.01, "warm_start": True, "ema": 0.9}
+    options: dict[str, Any] = {"data": data, "training": training}
+    whole, path, trials = searching(write("whole", **options)).run(18), write("torn", **options), 18
+    rng, kills, step = random.Random(0), 0, 0
+    while True:
+        # Never twice in a row before the end of an epoch: three times would fail the trial.
+        step = rng.choice([9, 11, 13, 16] + [3] * (step != 3))
+
+        def work(step: int = step) -> None:
+            search, left = searching(path), [step]
+            tick = search._tick
+
+            def deadly(share: float, accuracy: float | None) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                tick(share, accuracy)
+
+            search._tick = deadly  # type: ignore[method-assign]
+            search.run(trials)
+
+        child = forked(work)
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 20
+    study = load_study(url(path), "tiny")
+    assert rows(study) == rows(whole)
+    for trial in study.frontier():
+        a, b = (load_file(loop.weights_file(s, trial.number)) for s in (study, whole))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 class Forks:

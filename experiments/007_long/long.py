@@ -218,11 +218,14 @@ class Formula:
 
     def __init__(self) -> None:
         self.began: list[float] = []
+        self.memory: list[float] = []
 
     def __call__(self, architecture: Architecture, tick: Any, **_: Any) -> tuple[Score, Any]:
         import torch
 
         self.began.append(time.process_time())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.memory.append(pages * resource.getpagesize() / 2**20)
         return score(architecture), {"w": torch.zeros(1)}
 
     def prepare(self, tick: Any) -> bool:
@@ -256,7 +259,8 @@ def loop(database: Path, name: str, trials: int, profiled: bool) -> None:
     print(
         f"{done} trials: {first:.2f} s to the first proposal, {statistics.median(each):.3f} s each"
     )
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    parts = [statistics.median(evaluator.memory[i : i + 10]) for i in (0, trials // 2, trials - 10)]
+    print("memory at the start, middle and end:", *(f"{part:.0f} MiB" for part in parts))
     if profiled:
         pstats.Stats(profile).sort_stats("cumulative").print_stats(50)
 

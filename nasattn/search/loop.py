@@ -139,13 +139,17 @@ class Search:
         slots = Slots(
             self.study, self.leases, self.gate, self.candidates, self.stopping, self.display.note
         )
-        ended, waits = None, False  # type: int | None, bool
+        ended, waits, told = None, False, set[str]()  # type: int | None, bool, set[str]
         while True:
             turn = self._turn(slots, total)
             if ended is not None:
                 self.display.end(turn.trials[ended], turn.trials, self.candidates.refused)
                 self._sweep(turn.trials)
                 ended = None
+                for text in self.stopping.notes(turn.trials) if self.stopping else []:
+                    if text not in told:
+                        self.display.note(text)
+                        told.add(text)
             if turn.over:
                 done = finished(turn.trials)
                 self._sweep(turn.trials)

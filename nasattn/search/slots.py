@@ -31,6 +31,8 @@ class Stopping(Protocol):
 
     def promotable(self, trials: Sequence[Trial]) -> Trial | None: ...
 
+    def notes(self, trials: Sequence[Trial]) -> list[str]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -122,6 +124,8 @@ class Slots:
             trials = self.study.trials
             if self.stopping.goes_on(trials[job.trial.number], trials):
                 return True
+            reason = f"stopped at rung {len(partial.rungs)} with {partial.rungs[-1]:.4f}"
+            self._storage.set_trial_user_attr(job.row, REASON, reason)
             self._storage.set_trial_state_values(job.row, TrialState.PRUNED)
         return False
 

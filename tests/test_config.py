@@ -219,7 +219,12 @@ BROKEN: list[tuple[str, str, str, tuple[str, ...]]] = [
         "12: search",
         ("population is an option of nsga2; the sampler is tpe",),
     ),
-    ("seed: 0", "workers: 0", "12: search.workers", ("got 0; should be greater than 0",)),
+    (
+        "seed: 0",
+        "workers: 0",
+        "12: search.workers",
+        ("got 0; should be greater than or equal to 1",),
+    ),
     ("sqlite:///", "sqlite://", "2: storage", ("got 'sqlite://runs/nasattn.db'; allowed: a data",)),
     ("sqlite:///", "", "2: storage", ("got 'runs/nasattn.db'; allowed: a database URL such as",)),
     # files and YAML

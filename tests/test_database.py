@@ -25,7 +25,14 @@ FIELDS: dict[str, Any] = {
     },
     "data": {"name": "cued_digits"},
 }
-KNOWN = {"plain": {"macs": 1}, "limits": {}, "cheapest": {"macs": 1}, "reference": {"macs": 2}}
+KNOWN: dict[str, Any] = {
+    "plain": {"macs": 1},
+    "limits": {},
+    "cheapest": {"macs": 1},
+    "reference": {"macs": 2},
+    "size": "2",
+    "choices": {"stage1.0": ["none", "se(ratio=0.0625)"]},
+}
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -15,7 +15,7 @@ from nasattn.evaluate.candidate import Evaluator
 from nasattn.space import SearchSpace
 
 HERE = Path(__file__).parent
-COUNT = 200
+COUNT = int(sys.argv[2]) if len(sys.argv) > 2 else 200
 
 
 def resident() -> float:

@@ -12,6 +12,7 @@ The seeds are the outer loop: whatever is there when it is stopped, is whole for
 import csv
 import sys
 import time
+from collections import Counter
 from itertools import combinations, permutations
 from pathlib import Path
 from statistics import fmean
@@ -83,11 +84,9 @@ def tau() -> None:
     """Kendall's tau-b between each rung and the end, of the same training and of another seed's."""
     table = rows()
     rungs = [int(n.removeprefix("rung_")) for n in table[0] if n.startswith("rung_")]
-    count = {r["repeat"]: 0 for r in table}
-    for row in table:
-        count[row["repeat"]] += 1
+    count = Counter(row["repeat"] for row in table)
     repeats = [r for r, n in count.items() if n == max(count.values())]
-    print(f"{len(table)} trainings, {len(repeats)} seeds that are whole")
+    print(", ".join(f"seed {r}: {n} trainings" for r, n in count.items()))
     for label, some in (
         ("all", table),
         ("without ccnet", [r for r in table if "ccnet" not in r["placements"]]),

@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
@@ -23,7 +22,7 @@ from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import full, full_disk, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import Job, Slots, Stopping, Turn
+from nasattn.search.slots import Job, Slots, Stopping, Turn, weights_file
 from nasattn.search.study import FACTS, Study, accuracy, finished, open_study
 from nasattn.space import SearchSpace
 
@@ -273,10 +272,6 @@ class Search:
         for path in (self.study.folder / "checkpoints").glob("*"):
             if path.name.isdecimal() and int(path.name) in ended:
                 rmtree(path, ignore_errors=True)
-
-
-def weights_file(study: Study, number: int) -> Path:
-    return study.folder / "weights" / f"{number}.safetensors"
 
 
 def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:

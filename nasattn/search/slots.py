@@ -160,8 +160,8 @@ class Slots:
 
         A training that had come further since the death before begins a new count: then it was not
         the trial that killed."""
-        folder = self.checkpoints(trial.number)
-        files = sorted(folder.rglob("*")) if folder.exists() else []
+        folder, weights = self.checkpoints(trial.number), weights_file(self.study, trial.number)
+        files = [*sorted(folder.rglob("*")), weights]
         at = [[file.name, file.stat().st_mtime_ns] for file in files if file.is_file()]
         before = row.user_attrs.get(DEATHS, {"count": 0})
         count = 1 + (before["count"] if before.get("at") == at else 0)
@@ -242,3 +242,7 @@ class Slots:
     @property
     def _storage(self) -> Any:
         return self.study.optuna._storage
+
+
+def weights_file(study: Study, number: int) -> Path:
+    return study.folder / "weights" / f"{number}.safetensors"

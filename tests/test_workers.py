@@ -559,8 +559,10 @@ def test_a_killed_worker_is_replaced(
     launcher = Forks(path, 20, log, deaths=4)
     study = workers.search_with(searching(path).experiment, 20, 3, display, launcher)
     assert [t.state for t in study.trials] == ["scored"] * 20
-    assert launcher.started == 7
-    assert sum("another takes its place" in text for text in said) == 4
+    # One that dies when nothing is left to do needs no other in its place.
+    assert 3 < launcher.started <= 7
+    replaced = sum("another takes its place" in text for text in said)
+    assert replaced == launcher.started - 3
     evaluated = log.read_text().split()
     assert len(evaluated) == len(set(evaluated)) == 20
 

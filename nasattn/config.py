@@ -201,7 +201,8 @@ class Schedule(Strict):
     """How a network is trained. `ema` is the decay of the weights' running mean (0: none), `clip`
     the largest gradient norm (0: none), `warmup` the share of the steps in which the rate rises,
     `decay` the share of the epochs in which `wsd` (warm-up, stable, decay) lets it fall to 0.
-    epoch_steps: end an epoch after so many batches, drawn anew each time; of use where the train
+    block_lr: the inserted blocks' rate over the rest's; they begin as the identity in a network
+    that is trained, so they have most to learn, and show sooner what they are worth. epoch_steps: end an epoch after so many batches, drawn anew each time; of use where the train
     split is large, since validation, checkpoints and rungs come at the ends of epochs."""
 
     epochs: Positive = 1
@@ -209,6 +210,7 @@ class Schedule(Strict):
     batch_size: Positive = 64
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 5e-3
+    block_lr: Rate = 1.0
     momentum: Share = 0.9
     weight_decay: Annotated[Float, Field(ge=0)] = 0.02
     schedule: Literal["onecycle", "cosine", "wsd"] = "onecycle"

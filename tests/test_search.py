@@ -228,13 +228,6 @@ def test_candidates_draw_all_that_fits_and_nothing_else(write: Write) -> None:
     assert candidates.draw(random.Random(0), listed) is None
 
 
-def test_what_is_not_built_yet_is_refused(write: Write) -> None:
-    training = {"epochs": 4, "batch_size": 32, "schedule": "wsd"}
-    stopping = {"stopping": "pareto_halving", "rungs": [2, 4]}
-    with pytest.raises(UserError, match=r"search.stopping: got pareto_halving, which no search"):
-        searching(write(training=training, search=stopping))
-
-
 @pytest.mark.parametrize("budget", [{"macs": 1000}, {"macs": "1.00001x"}, {"params": "0.5x"}])
 def test_a_budget_that_nothing_fits_is_refused(write: Write, budget: dict[str, Any]) -> None:
     path = write(budget=budget)

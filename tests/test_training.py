@@ -231,6 +231,24 @@ def test_what_is_random_outside_is_left_alone(data: Data, tmp_path: Path) -> Non
     assert draw() == expected
 
 
+def test_inserted_blocks_learn_at_their_own_rate(data: Data) -> None:
+    """One step of plain SGD moves the blocks by the factor farther, and nothing else."""
+    moved = []
+    for factor in (1.0, 4.0):
+        schedule = Schedule(
+            batch_size=32, optimizer="sgd", momentum=0.0, weight_decay=0.0, block_lr=factor
+        )
+        checkpoint.seed_generators(3)
+        network = build(candidate())
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        fit(network, data, schedule, seed=1, where=TrainerFile(), batches=1)
+        moved.append({n: p.detach() - before[n] for n, p in network.named_parameters()})
+    blocks = {name for name in moved[0] if ".attention." in name and moved[0][name].any()}
+    assert blocks
+    for name, once in moved[0].items():
+        torch.testing.assert_close(moved[1][name], once * (4.0 if name in blocks else 1.0))
+
+
 # --- files ---
 
 

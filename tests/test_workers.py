@@ -8,8 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from nasattn.config import Experiment
 from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate.train import Tick
 from nasattn.pricing import Pricing
-from nasattn.record import Score, Trial
+from nasattn.record import Score
 from nasattn.search import lease, loop, outage, workers
 from nasattn.search.display import Display
 from nasattn.search.lease import Lease, Leases, Watch
@@ -417,61 +416,6 @@ def test_a_study_in_memory_is_refused(write: Write) -> None:
     for storage in ("sqlite://", "sqlite:///:memory:"):
         with pytest.raises(UserError, match=r"in memory .* would be lost"):
             searching(write(storage=storage))
-
-
-class Rungs(Formula):
-    """Two rungs, the first of which says the same as the last."""
-
-    rungs = (1, 2)
-
-    def __call__(
-        self, architecture: Architecture, tick: Tick, *, rung: int | None = None, **options: Any
-    ) -> tuple[Score, Any]:
-        score, weights = super().__call__(architecture, tick)
-        count = 1 if rung is None else rung + 1
-        return replace(score, rungs=(score.accuracy,) * count, epochs=count), weights
-
-
-class Best:
-    """Stops what is not the best so far; promotes the best of the stopped when six have ended."""
-
-    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool:
-        assert trial.partial is not None
-        rivals = [t.partial or t.score for t in trials if t.number != trial.number]
-        return all(r is None or r.accuracy < trial.partial.accuracy for r in rivals)
-
-    def promotable(self, trials: Sequence[Trial]) -> Trial | None:
-        stopped = [t for t in trials if t.state == "stopped" and t.partial]
-        if len(trials) < 12 or len(stopped) < 6:
-            return None
-        return max(stopped, key=lambda t: t.partial.accuracy if t.partial else 0.0)
-
-    def notes(self, trials: Sequence[Trial]) -> list[str]:
-        return []
-
-
-def test_stopped_trials_go_on_when_they_are_promoted(write: Write) -> None:
-    def run(folder: str, stop_at: frozenset[int] = frozenset()) -> Any:
-        search = searching(write(folder))
-        search.evaluator, search.stopping = Rungs(stop_at), Best()  # type: ignore[assignment]
-        return search.run(12)
-
-    study = run("whole")
-    trials = study.trials
-    assert [t.number for t in trials] == list(range(12))
-    states = [t.state for t in trials]
-    assert states.count("stopped") == 5 and states.count("scored") == 7
-    assert len(study.optuna.get_trials()) > 12, "a promoted trial has a row more"
-    for trial in trials:
-        known = trial.score or trial.partial
-        assert known is not None and len(known.rungs) == (2 if trial.score else 1)
-    assert all("stopped at rung 1 " in t.reason for t in trials if t.state == "stopped")
-    for call in (2, 5, 11):
-        with pytest.raises(KeyboardInterrupt):
-            run("torn", frozenset({call}))
-    torn = run("torn")
-    assert rows(torn) == rows(study)
-    assert [t.state for t in torn.trials] == states
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from nasattn.config import Schedule
 from nasattn.errors import TrialFailed
 from nasattn.evaluate.checkpoint import Point, State
 from nasattn.evaluate.rate import rate
+from nasattn.model import inserted
 
 
 class Classifier(pl.LightningModule):
@@ -48,7 +49,7 @@ class Classifier(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         now = rate(self.schedule, self.step, epoch_steps=self.epoch_steps, rung=self.state.rung)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = now
+            group["lr"] = now * group["factor"]
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, y = batch
@@ -77,12 +78,20 @@ class Classifier(pl.LightningModule):
 
 
 def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """Vectors and scalars (biases, norms, the blocks' zero-initialised scales) are not decayed."""
+    """Vectors and scalars (biases, norms, the blocks' zero-initialised scales) are not decayed.
+    What was inserted learns at a rate of its own."""
+    blocks = {id(p) for block in inserted(network).values() for p in block.parameters()}
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if (p.ndim > 1, id(p) in blocks) == (decayed, new)],
+            "weight_decay": schedule.weight_decay * decayed,
+            "factor": schedule.block_lr if new else 1.0,
+        }
+        for new in (False, True)
+        for decayed in (True, False)
     ]
+    groups = [group for group in groups if group["params"]]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=True)
     return torch.optim.AdamW(groups, lr=schedule.lr)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import TrialFailed, UserError, reason
+from nasattn.errors import TrialFailed, reason
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import FINISHED, Score, Trial
@@ -22,7 +22,8 @@ from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import full, full_disk, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import Job, Slots, Stopping, Turn, weights_file
+from nasattn.search.slots import Job, Slots, Turn, weights_file
+from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, Study, accuracy, finished, open_study
 from nasattn.space import SearchSpace
 
@@ -49,11 +50,6 @@ class Search:
     """One process's work on a study, alone or beside others."""
 
     def __init__(self, experiment: Experiment, display: Display) -> None:
-        if experiment.search.stopping != "none":
-            raise UserError(
-                f"search.stopping: got {experiment.search.stopping}, which no search can do yet; "
-                "allowed for now: none"
-            )
         self.experiment, self.display = experiment, display
         self.space = SearchSpace.of(experiment.space)
         self.pricing = Pricing.of(experiment, self.space)
@@ -68,7 +64,7 @@ class Search:
         self.evaluator = Evaluator(
             experiment, self.data, self.space.baseline(), self.study.folder, self.display.note
         )
-        self.stopping: Stopping | None = None
+        self.stopping = ParetoHalving.of(experiment)
         self._published: list[Trial] = []
 
     def run(self, total: int) -> Study:
@@ -187,14 +183,14 @@ class Search:
         number, architecture = job.trial.number, job.trial.architecture
         self._start(job.trial)
         files = slots.checkpoints(number)
-        rungs = range(len(self.evaluator.rungs)) if self.stopping else []
-        reached = len(job.trial.partial.rungs) if job.trial.partial else 0
-        for rung in rungs[reached:-1]:
-            score, _ = self.evaluator(architecture, self._tick, checkpoints=files, rung=rung)
-            if not patiently(partial(slots.goes_on, job, score), self.display.note):
+        score, weights = job.trial.partial, None
+        reached = len(score.rungs) if score else 0
+        for rung in range(reached, len(self.evaluator.rungs)) if self.stopping else [None]:
+            # Also of a rung that was reached before: its worker may have died before it was judged.
+            if score and not patiently(partial(slots.goes_on, job, score), self.display.note):
                 return None
-        last = rungs[-1] if rungs else None
-        score, weights = self.evaluator(architecture, self._tick, checkpoints=files, rung=last)
+            score, weights = self.evaluator(architecture, self._tick, checkpoints=files, rung=rung)
+        assert score is not None
         facts = {"key": architecture.key, "of": job.token, "score": json.dumps(score.as_dict())}
         if weights:
             store(weights_file(self.study, number), weights, facts)

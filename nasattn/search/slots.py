@@ -2,12 +2,13 @@
 stand then: so slots are exact in number, no architecture comes twice, and nothing is left behind.
 """
 
+import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study as OptunaStudy
@@ -18,20 +19,11 @@ from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial
 from nasattn.search.lease import Lease, Leases, trial_lease
 from nasattn.search.samplers import Exhausted, Gate, Snapshot
+from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, VOID, Study, claim, read_trial
 
 DEATHS, TOKEN = "deaths", "token"
 MOST_DEATHS = 3  # workers that a trial may take with it without having come any further
-
-
-class Stopping(Protocol):
-    """Which trials are trained on: see nasattn.search.stopping."""
-
-    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool: ...
-
-    def promotable(self, trials: Sequence[Trial]) -> Trial | None: ...
-
-    def notes(self, trials: Sequence[Trial]) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ class Slots:
         leases: Leases,
         gate: Gate,
         candidates: Candidates,
-        stopping: Stopping | None,
+        stopping: ParetoHalving | None,
         note: Callable[[str], None],
     ) -> None:
         self.study, self.leases, self.gate, self.candidates = study, leases, gate, candidates
@@ -87,7 +79,7 @@ class Slots:
             job, others = self._interrupted(rows, trials, held)
             slot = held.get(trial_lease(len(rows)))
             others += slot is not None and not self.leases.dead(slot.owner, held)
-            job = job or self._promoted(rows, trials) or self._fresh(rows, total)
+            job = job or self._promoted(rows, trials) or self._fresh(rows, trials, total)
             if any(self.leases.dead(lease.owner, held) for lease in held.values()):
                 running = [trial_lease(t.number) for t in trials if t.state == "running"]
                 self.leases.reap(held, running)
@@ -97,8 +89,7 @@ class Slots:
         """Tell a trial's score; done twice, it is as done once."""
         if not self._mine(job):
             return
-        values = {**job.trial.cost.values, "accuracy": score.accuracy}
-        objectives = [float(values[o]) for o in self.study.config.objectives]
+        objectives = self._values(job.trial, score.accuracy)
         with suppress(UpdateFinishedTrialError):
             if job.score is None:
                 self._storage.set_trial_user_attr(job.row, SCORE, score.as_dict())
@@ -124,7 +115,8 @@ class Slots:
             trials = self.study.trials
             if self.stopping.goes_on(trials[job.trial.number], trials):
                 return True
-            reason = f"stopped at rung {len(partial.rungs)} with {partial.rungs[-1]:.4f}"
+            epochs = self.stopping.rungs[len(partial.rungs) - 1]
+            reason = f"stopped at {epochs} epochs with {partial.rungs[-1]:.4f}"
             self._storage.set_trial_user_attr(job.row, REASON, reason)
             self._storage.set_trial_state_values(job.row, TrialState.PRUNED)
         return False
@@ -188,12 +180,14 @@ class Slots:
         attributes = {k: v for k, v in old.user_attrs.items() if k in (FACTS, PARTIAL, TOKEN)}
         return self._written(old.params, old.distributions, attributes, old.system_attrs)
 
-    def _fresh(self, rows: Sequence[FrozenTrial], total: int) -> Job | None:
+    def _fresh(
+        self, rows: Sequence[FrozenTrial], trials: Sequence[Trial], total: int
+    ) -> Job | None:
         slot = len(rows)
         if slot >= total or self.exhausted or not self.leases.acquire(trial_lease(slot)):
             return None
         self.gate.slot = slot
-        snapshot = Snapshot(self.study.optuna, rows, slot)
+        snapshot = Snapshot(self.study.optuna, self._believed(rows, trials), slot)
         view = OptunaStudy(self.study.name, snapshot)
         options = self.gate.infer_relative_search_space(view, snapshot.trial)
         try:
@@ -211,6 +205,23 @@ class Slots:
         system |= {f"constraints:{metric}": value for metric, value in excesses.items()}
         attributes = {FACTS: claim(slot, architecture, cost), TOKEN: secrets.token_hex(8)}
         return self._written(params, options, attributes, system)
+
+    def _believed(
+        self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]
+    ) -> Sequence[FrozenTrial]:
+        """The rows as samplers should see them, which learn from whole trials only: a stopped one
+        as it is believed to have ended."""
+        believed = self.stopping.believed(trials) if self.stopping else {}
+        shown = list(rows)
+        for number, accuracy in believed.items():
+            shown[number] = row = copy.copy(rows[number])
+            row.state, row.values = TrialState.COMPLETE, self._values(trials[number], accuracy)
+        return shown
+
+    def _values(self, trial: Trial, accuracy: float) -> list[float]:
+        """A trial's objectives, in the study's order."""
+        values = {**trial.cost.values, "accuracy": accuracy}
+        return [float(values[o]) for o in self.study.config.objectives]
 
     def _written(
         self,

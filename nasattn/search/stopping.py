@@ -1,0 +1,158 @@
+"""Which candidates are trained on: asynchronous successive halving for several objectives.
+
+Every candidate is trained to the first rung, the better part of each rung on to the next. All is
+derived from the study's rows, so any number of workers, and those that come later, decide alike.
+After Li et al. 2020 (ASHA, https://arxiv.org/abs/1810.05934), who have one objective; ranks within
+bands of cost are in its place here, since the cheapest network is never dominated and would always
+survive.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean, median
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau, rankdata
+
+from nasattn.config import Experiment
+from nasattn.pareto import non_dominated
+from nasattn.record import Trial
+
+PROBES = (8, 16, 32)  # so many first trials are trained to the end: they tell what a rung is worth
+TRUSTED = 0.3  # Kendall's tau from a rung to the end from which on it is trusted
+BAND, BANDS = 12, 6  # trials that a band of cost needs, and the most bands there are
+
+
+class ParetoHalving:
+    """rungs: epochs, the last those of the whole training; eta: of so many that reach a rung, one
+    goes on; costs: the metrics that are minimised beside the accuracy."""
+
+    def __init__(self, rungs: Sequence[int], eta: float, costs: Sequence[str]) -> None:
+        self.rungs, self.eta, self.costs = tuple(rungs), eta, tuple(costs)
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "ParetoHalving | None":
+        """What the experiment asks for."""
+        if experiment.search.stopping == "none":
+            return None
+        return cls(experiment.rungs, experiment.search.eta, experiment.costs)
+
+    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool:
+        """Whether a trial that has just reached a rung is trained to the next one."""
+        level = len(reached(trial)) - 1
+        return any(t.number == trial.number for t in self.survivors(level, trials))
+
+    def promotable(self, trials: Sequence[Trial]) -> Trial | None:
+        """The stopped trial that goes on next: of the highest rung that has one, the best."""
+        for level in reversed(range(len(self.rungs) - 1)):
+            here = {t.number for t in trials if t.state == "stopped" and at(t, level)}
+            if here:
+                survivors = self.survivors(level, trials)
+                if found := next((t for t in survivors if t.number in here), None):
+                    return found
+        return None
+
+    def survivors(self, level: int, trials: Sequence[Trial]) -> list[Trial]:
+        """Who goes on from a rung (0: the first), best first: the probes, and of the others one in
+        `eta` of all that reached it. A rung that is not trusted stops nobody."""
+        probes, trusted = self.probes(trials)
+        here = [t for t in trials if len(reached(t)) > level]
+        first = [t for t in here if t.number < probes]
+        if trusted is None:
+            return first
+        if not trusted[level]:
+            return here
+        ranks = self._ranks(level, here)
+        order = np.argsort(ranks, kind="stable")
+        best = [here[i] for i in order if ranks[i] < len(here) / self.eta]
+        hopeful = [t for t in best if t.number >= probes and not self.hopeless(t, level, trials)]
+        return first + hopeful
+
+    def probes(self, trials: Sequence[Trial]) -> tuple[int, list[bool] | None]:
+        """How many of the first trials are trained to the end whatever they show, and which rungs
+        they have shown to rank as the end does (None: not known yet). While one does not, they are
+        doubled, up to the most."""
+        for count in PROBES:
+            first = [t for t in trials if t.number < count]
+            if len(first) < count or not all(t.score or t.state == "failed" for t in first):
+                return count, None
+            trusted = [self.tau(k, first) >= TRUSTED for k in range(len(self.rungs) - 1)]
+            if all(trusted):
+                break
+        return count, trusted
+
+    def tau(self, level: int, trials: Sequence[Trial]) -> float:
+        """Kendall's rank correlation (tau-b) from a rung to the end, over the scored trials; below
+        every number where there is none."""
+        pairs = [(reached(t)[level], t.score.accuracy) for t in trials if t.score]
+        tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else -1.0
+        return tau if tau == tau else -1.0
+
+    def hopeless(self, trial: Trial, level: int, trials: Sequence[Trial]) -> bool:
+        """Whether a scored trial that costs no more is better than this one could be at its end,
+        had it the greatest gain that any trial had from this rung on."""
+        gains = self._gains(level, trials)
+        if len(gains) < PROBES[0]:
+            return False
+        cost, end = trial.cost.values, reached(trial)[level] + max(gains)
+        return any(
+            t.score.accuracy > end and all(t.cost.values[m] <= cost[m] for m in self.costs)
+            for t in trials
+            if t.score
+        )
+
+    def believed(self, trials: Sequence[Trial]) -> dict[int, float]:
+        """Of each stopped trial, by number: the accuracy that it would have had, by the usual gain
+        from its rung on."""
+        usual = [median(self._gains(k, trials) or [0.0]) for k in range(len(self.rungs))]
+        stopped = [(t, reached(t)) for t in trials if t.state == "stopped" and reached(t)]
+        return {t.number: min(1.0, rungs[-1] + usual[len(rungs) - 1]) for t, rungs in stopped}
+
+    def notes(self, trials: Sequence[Trial]) -> list[str]:
+        """What the probes have shown, for people."""
+        probes, trusted = self.probes(trials)
+        if trusted is None:
+            return []
+        first = [t for t in trials if t.number < probes]
+        told = [f"the first {probes} trials were trained to the end; rank correlation with it:"]
+        for level, rung in enumerate(self.rungs[:-1]):
+            tau = self.tau(level, first)
+            verdict = f"one in {self.eta:g} goes on" if trusted[level] else "it stops nobody"
+            told.append(f"  rung of {rung} epochs: Kendall's tau {tau:.2f}: {verdict}")
+        return told
+
+    def _gains(self, level: int, trials: Sequence[Trial]) -> list[float]:
+        """From a rung to the end, of the scored trials."""
+        return [t.score.accuracy - reached(t)[level] for t in trials if t.score and reached(t)]
+
+    def _ranks(self, level: int, trials: Sequence[Trial]) -> NDArray[np.float64]:
+        """Ranks from 0, equal for equals: how many trials lie on fronts before one's own, and half
+        of those that share it. Within a band all costs count as equal."""
+        points = np.array([[band, -reached(t)[level]] for band, t in self._banded(trials)])
+        fronts = np.zeros(len(points))
+        left, front = np.arange(len(points)), 0
+        while len(left):
+            mask = non_dominated(points[left])
+            fronts[left[mask]] = front
+            left, front = left[~mask], front + 1
+        return np.asarray(rankdata(fronts) - 1)
+
+    def _banded(self, trials: Sequence[Trial]) -> list[tuple[float, Trial]]:
+        """Each trial with its band, of about as many trials each; several costs by the mean of
+        their ranks."""
+        ranks = [rankdata([t.cost.values[m] for t in trials]) for m in self.costs]
+        dearness = np.array([fmean(r) for r in zip(*ranks, strict=True)])
+        count = min(BANDS, max(1, len(trials) // BAND))
+        edges = np.quantile(dearness, np.arange(1, count) / count)
+        return list(zip(np.searchsorted(edges, dearness).tolist(), trials, strict=True))
+
+
+def reached(trial: Trial) -> tuple[float, ...]:
+    """The accuracies at the rungs that a trial has reached."""
+    known = trial.score or trial.partial
+    return known.rungs if known else ()
+
+
+def at(trial: Trial, level: int) -> bool:
+    """Whether the trial has come to this rung and no further."""
+    return len(reached(trial)) == level + 1

@@ -1,0 +1,265 @@
+"""Halving: who goes on, by hand and on a table of real learning curves."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from rich.console import Console
+from test_workers import forked, kill_at
+
+from nasattn.architecture import Architecture, Placement
+from nasattn.config import Experiment
+from nasattn.errors import TrialFailed, UserError
+from nasattn.evaluate.table import TableEvaluator
+from nasattn.record import Cost, Score, Trial
+from nasattn.search.display import Display
+from nasattn.search.loop import Search
+from nasattn.search.samplers import SAMPLERS
+from nasattn.search.stopping import PROBES, ParetoHalving
+from nasattn.search.study import Study
+from nasattn.space import SearchSpace
+
+FOLDER = ROOT / "experiments/005_halving"
+TABLE = FOLDER / "curves.csv"
+RUNGS = (1, 3, 9)
+
+
+def scored(*accuracies: float) -> Score:
+    """A score that has come to as many rungs."""
+    return Score(
+        accuracy=accuracies[-1],
+        curve=(),
+        epochs=RUNGS[len(accuracies) - 1],
+        seconds=1.0,
+        seed=0,
+        evaluator="fake",
+        rungs=accuracies,
+    )
+
+
+def trial(number: int, macs: float, *accuracies: float, state: str = "stopped") -> Trial:
+    """Whole with three accuracies; costs beside the MACs: as many parameters."""
+    whole = len(accuracies) == len(RUNGS)
+    score = scored(*accuracies) if accuracies else None
+    return Trial(
+        number=number,
+        architecture=PLAIN,
+        cost=Cost(values={"macs": macs, "params": macs}),
+        score=score if whole else None,
+        partial=None if whole else score,
+        state="scored" if whole else state,  # type: ignore[arg-type]
+    )
+
+
+PLAIN = SearchSpace.load(ROOT / "search_spaces/cued_digits.yaml").baseline()
+HALVING = ParetoHalving(RUNGS, 3, ["macs"])
+
+
+def probed(count: int = PROBES[0]) -> list[Trial]:
+    """Trials that ended in the order of their rungs, all at the same cost."""
+    return [trial(n, 100, 0.1 + n / 100, 0.2 + n / 100, 0.3 + n / 100) for n in range(count)]
+
+
+def numbers(trials: Sequence[Trial]) -> list[int]:
+    return [t.number for t in trials]
+
+
+def test_the_probes_go_on_whatever_they_show() -> None:
+    trials = [*probed(5), trial(5, 100, 0.01, state="running")]
+    assert HALVING.goes_on(trials[5], trials)
+    assert HALVING.probes(trials) == (PROBES[0], None)
+    assert HALVING.notes(trials) == []
+
+
+def test_one_in_eta_goes_on_and_equals_share_a_rank() -> None:
+    first = probed()
+    better = [trial(8 + i, 100, 0.3 + i / 100) for i in range(4)]
+    # Twelve have come to the rung: four go on.
+    assert numbers(HALVING.survivors(0, first + better))[-4:] == [11, 10, 9, 8]
+    same = [trial(8 + i, 100, 0.3) for i in range(4)]
+    assert numbers(HALVING.survivors(0, first + same)) == [*range(8), 8, 9, 10, 11]
+    # Seven equals take the ranks 0 to 6, so 3 each: fewer than 15 / 3 go before each of them.
+    assert len(HALVING.survivors(0, first + [trial(8 + i, 100, 0.3) for i in range(7)])) == 15
+    # Eleven of nineteen share rank 5, and 19 / 3 is more; the twelve of twenty share 5.5.
+    assert len(HALVING.survivors(0, first + [trial(8 + i, 100, 0.01) for i in range(12)])) == 8
+
+
+def test_the_cheapest_do_not_survive_for_being_cheap() -> None:
+    """In each band those that are good for it; none that cheaper ones surpass."""
+    first = probed()
+    cheap = [trial(8 + i, 10 + i, 0.2 + i / 1000 + (i == 15) / 10) for i in range(20)]
+    dear = [trial(28 + i, 200 + i, 0.21 + i / 1000 + (i == 7) / 10) for i in range(20)]
+    survivors = set(numbers(HALVING.survivors(0, first + cheap + dear)))
+    assert {23, 35} <= survivors
+    assert 8 not in survivors, "the cheapest of all, which nothing dominates"
+    assert len(survivors - set(range(8))) < 20
+    assert {28, 29, 30}.isdisjoint(survivors), "cheaper ones are better"
+    with_params = ParetoHalving(RUNGS, 3, ["macs", "params"])
+    assert set(numbers(with_params.survivors(0, first + cheap + dear))) == survivors
+
+
+def test_rungs_that_do_not_rank_stop_nobody() -> None:
+    rng = random.Random(0)
+    ends = [0.3 + n / 100 for n in range(PROBES[-1])]
+    first = rng.sample(ends, len(ends))
+    # The first rung has no order, the second that of the end.
+    trials = [trial(n, 100, first[n] - 0.2, ends[n] - 0.1, ends[n]) for n in range(len(ends))]
+    for count in PROBES[:-1]:
+        assert HALVING.probes(trials[:count])[0] == 2 * count
+        assert HALVING.survivors(0, trials[:count]) == trials[:count]
+    assert HALVING.probes(trials) == (PROBES[-1], [False, True])
+    more = [trial(32 + i, 100, 0.01, 0.01) for i in range(6)]
+    assert numbers(HALVING.survivors(0, trials + more))[-6:] == numbers(more)
+    assert not set(numbers(more)) & set(numbers(HALVING.survivors(1, trials + more)))
+    told = "\n".join(HALVING.notes(trials))
+    assert "first 32 trials" in told and "rung of 1 epochs" in told and "stops nobody" in told
+    assert "rung of 3 epochs: Kendall's tau 1.00: one in 3 goes on" in told
+
+
+def test_a_failed_probe_tells_nothing() -> None:
+    trials = probed()
+    trials[3] = replace(trials[3], score=None, state="failed", reason="out of memory")
+    assert HALVING.probes(trials) == (PROBES[0], [True, True])
+
+
+def test_what_is_dominated_even_with_the_greatest_gain_is_hopeless() -> None:
+    first = probed()  # each gains 0.2 from the first rung on; the best ends at 0.37
+    assert HALVING.hopeless(trial(8, 100, 0.16), 0, first)
+    assert not HALVING.hopeless(trial(8, 100, 0.18), 0, first)
+    assert not HALVING.hopeless(trial(8, 99, 0.16), 0, first), "it is cheaper"
+    assert not HALVING.hopeless(trial(8, 100, 0.16), 0, first[1:]), "too few have ended"
+
+
+def test_the_highest_rung_is_promoted_first_and_of_it_the_best() -> None:
+    trials = [*probed(), trial(8, 100, 0.5), trial(9, 100, 0.6), trial(10, 100, 0.4, 0.5)]
+    promoted = []
+    while found := HALVING.promotable(trials):
+        promoted.append(found.number)
+        trials[found.number] = replace(found, state="running")
+    assert promoted == [10, 9, 8]
+
+
+def test_samplers_see_a_stopped_trial_as_it_would_have_ended() -> None:
+    trials = [*probed(), trial(8, 100, 0.5), trial(9, 100, 0.4, 0.95), trial(10, 100, 0.5)]
+    trials[10] = replace(trials[10], state="running")
+    assert HALVING.believed(trials) == pytest.approx({8: 0.7, 9: 1.0})
+
+
+# --- on the table of experiments/005_halving
+
+
+def experiment(folder: Path, **search: Any) -> Experiment:
+    path = folder / "experiment.yaml"
+    fields = yaml.safe_load((FOLDER / "curves.yaml").read_text())
+    fields["space"] = str(ROOT / "search_spaces/cued_digits.yaml")
+    fields["search"] |= search
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(fields))
+    return Experiment.load(path)
+
+
+def searching(folder: Path, **search: Any) -> Search:
+    found = Search(experiment(folder, **search), Display(Console(quiet=True)))
+    found.evaluator = TableEvaluator(TABLE)  # type: ignore[assignment]
+    return found
+
+
+def told(study: Study) -> list[tuple[Any, ...]]:
+    return [(t.architecture.key, t.state, t.score or t.partial) for t in study.trials]
+
+
+def epochs(study: Study) -> int:
+    known = [t.score or t.partial for t in study.trials]
+    return sum(k.epochs for k in known if k)
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return searching(tmp_path_factory.mktemp("halved"), sampler="random").run(60)
+
+
+def test_a_search_that_halves_trains_less_and_by_the_rule(halved: Study) -> None:
+    trials, halving = halved.trials, ParetoHalving.of(halved.config)
+    assert halving is not None
+    states = [t.state for t in trials]
+    assert len(trials) == 60 and set(states) == {"scored", "stopped"}
+    assert epochs(halved) < 0.8 * 60 * halving.rungs[-1]
+    assert halving.promotable(trials) is None, "nothing is left that should go on"
+    assert all("stopped at" in t.reason for t in trials if t.state == "stopped")
+    table = TableEvaluator(TABLE)
+    for t in trials:  # each has the accuracies of its row, as far as it came
+        known = t.score or t.partial
+        assert known is not None
+        whole, _ = table(t.architecture, lambda share, accuracy: None, rung=2)
+        assert known.rungs == whole.rungs[: len(known.rungs)]
+
+
+def test_the_search_decides_as_the_simulation_does(
+    halved: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ways to one answer: through the database, and in memory."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import simulate
+
+    table, halving = simulate.Table(0, []), ParetoHalving.of(halved.config)
+    order = [t.architecture for t in halved.trials]
+    _, trials = simulate.halved(table, order, halving)
+    assert [(t.state, t.score or t.partial) for t in trials] == [
+        (t.state, t.score or t.partial) for t in halved.trials
+    ]
+
+
+def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) -> None:
+    rng, died = random.Random(0), 0
+    for _ in range(8):
+        statement = rng.randrange(1, 260)
+
+        def work(statement: int = statement) -> None:
+            search = searching(tmp_path / "torn", sampler="random")
+            kill_at(search.study.engine, statement)
+            search.run(60)
+
+        child = forked(work)
+        child.join()
+        died += child.exitcode != 0
+    assert died >= 6
+    assert told(searching(tmp_path / "torn", sampler="random").run(60)) == told(halved)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_every_sampler_works_beside_stopped_trials(tmp_path: Path, sampler: str) -> None:
+    count = 16 if sampler == "gp" else 30
+    study = searching(tmp_path, sampler=sampler).run(count)
+    keys = [t.architecture.key for t in study.trials]
+    assert len(set(keys)) == len(keys) == count
+    assert "stopped" in {t.state for t in study.trials}
+
+
+def test_the_table_says_what_a_training_would(tmp_path: Path) -> None:
+    table = TableEvaluator(TABLE)
+    tick: Any = lambda share, accuracy: None  # noqa: E731
+    parts = [table(PLAIN, tick, rung=rung)[0] for rung in range(len(table.rungs))]
+    whole = table(PLAIN, tick)[0]
+    assert [p.rungs for p in parts] == [parts[-1].rungs[:n] for n in (1, 2, 3)]
+    assert whole.accuracy == parts[-1].accuracy and whole.rungs == ()
+    assert whole.epochs == len(whole.curve) == table.rungs[-1] < parts[-1].epochs
+    schedule = experiment(tmp_path).training
+    for rung, part in zip(table.rungs, parts[:-1], strict=False):
+        assert len(part.curve) == rung - schedule.decay_epochs(rung)
+    other = replace(PLAIN, placements=(Placement(site="stem", block="se"),))
+    with pytest.raises(TrialFailed, match="no training of"):
+        table(other, tick)
+    (tmp_path / "empty.csv").write_text("key,repeat\n")
+    with pytest.raises(UserError, match=r"empty.csv: no table of learning curves"):
+        TableEvaluator(tmp_path / "empty.csv")
+
+
+def test_the_whole_space_is_in_the_table() -> None:
+    space = SearchSpace.load(ROOT / "search_spaces/cued_digits.yaml")
+    every: Mapping[str, Architecture] = {a.key: a for a in space.enumerate()}
+    assert TableEvaluator(TABLE).rows.keys() == every.keys()

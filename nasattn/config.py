@@ -202,8 +202,9 @@ class Schedule(Strict):
     the largest gradient norm (0: none), `warmup` the share of the steps in which the rate rises,
     `decay` the share of the epochs in which `wsd` (warm-up, stable, decay) lets it fall to 0.
     block_lr: the inserted blocks' rate over the rest's; they begin as the identity in a network
-    that is trained, so they have most to learn, and show sooner what they are worth. epoch_steps: end an epoch after so many batches, drawn anew each time; of use where the train
-    split is large, since validation, checkpoints and rungs come at the ends of epochs."""
+    that is trained, so they have most to learn, and show sooner what they are worth. epoch_steps:
+    end an epoch after so many batches, drawn anew each time; of use where the train split is large,
+    since validation, checkpoints and rungs come at the ends of epochs."""
 
     epochs: Positive = 1
     epoch_steps: Positive | None = None

@@ -93,5 +93,6 @@ def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=True)
+        momentum = schedule.momentum
+        return torch.optim.SGD(groups, lr=schedule.lr, momentum=momentum, nesterov=momentum > 0)
     return torch.optim.AdamW(groups, lr=schedule.lr)

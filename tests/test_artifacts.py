@@ -25,15 +25,17 @@ from conftest import FakeStudy
 from rich.console import Console
 from safetensors.torch import load_file
 from sqlalchemy import inspect
-from test_search import Formula, Write, by_formula, rows, searching, write
-from test_workers import forked, kill_at, prices
+from test_search import SPACE, Formula, Write, by_formula, rows, searching, write
+from test_workers import forked, kill_at, prices, with_calls
 from typer.testing import CliRunner
 
 from nasattn import load_study
 from nasattn.cli import app, main
 from nasattn.config import Experiment, artifacts_url
+from nasattn.data import load
 from nasattn.errors import Stopped, UserError
 from nasattn.evaluate.candidate import Evaluator
+from nasattn.files import Files
 from nasattn.search import artifacts, outage
 from nasattn.search.artifacts import UPLOADS, Shelf, Store, open_store, share
 from nasattn.search.database import connect
@@ -41,6 +43,7 @@ from nasattn.search.display import Display
 from nasattn.search.gc import collect
 from nasattn.search.loop import Search, weights_file, weights_of_trial
 from nasattn.search.study import Study
+from nasattn.space import SearchSpace
 
 __all__ = ["prices", "write"]
 BUCKET = "nasattn-tests"
@@ -383,6 +386,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_at_another_machine_to_the_same_bits(
     write: Write, tmp_path: Path, postgres: str, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,6 +515,69 @@ def test_a_store_that_goes_away_within_a_training_changes_nothing(
         there = study.folder / "weights" / f"{trial.number}.safetensors"
         assert there in study.files.elsewhere()
         assert same(load_file(there), load_file(weights_file(whole, trial.number)))
+
+
+def test_a_stopped_trial_goes_on_from_what_another_machine_left(
+    tmp_path: Path, said: list[str]
+) -> None:
+    """Stopped at its first rung by A, and trained to the last one by B."""
+    experiment = Experiment.from_dict(
+        {
+            "study": "tiny",
+            "space": SPACE,
+            "data": {"name": "cued_digits", "train": 96, "val": 32, "test": 32},
+            "training": {"epochs": 4, "batch_size": 32, "schedule": "wsd", "ema": 0.9},
+            "search": {"stopping": "pareto_halving", "rungs": [2, 4]},
+        }
+    )
+    data = load(experiment.data, experiment.space.input, experiment.space.classes)
+    plain = SearchSpace.of(experiment.space).baseline()
+
+    def trained(rung: int, name: str, stored: bool = True) -> tuple[Any, Any, list[float]]:
+        folder, shares = tmp_path / name, list[float]()
+        files = shelf(str(tmp_path / "store"), folder, said) if stored else Files()
+        evaluator = Evaluator(experiment, data, plain, folder, said.append, files)
+        score, weights = evaluator(
+            plain,
+            lambda share, accuracy: shares.append(share),
+            checkpoints=folder / "checkpoints/1",
+            rung=rung,
+        )
+        return score, weights, shares
+
+    whole, expected, _ = trained(1, "whole", stored=False)
+    trained(0, "a")
+    score, weights, shares = trained(1, "b")
+    assert (score.accuracy, score.rungs) == (whole.accuracy, whole.rungs)
+    assert same(dict(weights), dict(expected))
+    assert shares[0] > 0.4, "it went on"
+    assert said == []
+
+
+def test_weights_that_could_not_be_stored_are_when_the_search_goes_on(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(artifacts="store")
+    store, away = path.parent / "store", path.parent / "away"
+    search, formula = searching(path), Formula()
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        if formula.calls == 2:
+            store.rename(away)
+        return formula(*arguments, **options)
+
+    search.evaluator = with_calls(evaluate)
+    with monkeypatch.context() as patch:
+        patch.setattr(outage, "PATIENCE", 0.0)
+        with pytest.raises(Stopped, match="the artifact store has not answered"):
+            search.run(4)
+    away.rename(store)
+    again = Formula()
+    study = by_formula(path, 3, again)
+    assert again.calls == 0, "trial 2 was trained before"
+    kept = {0} | {trial.number for trial in study.frontier()}
+    stored = {p for p in study.files.elsewhere() if p.parent.name == "weights"}
+    assert stored == {weights_file(study, number) for number in kept}
 
 
 def test_a_store_is_given_to_a_study_later_and_taken_away_again(write: Write) -> None:

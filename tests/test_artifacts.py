@@ -725,7 +725,10 @@ def test_a_package_that_is_missing_is_told(scheme: str, module: str) -> None:
     assert "UserError: artifacts: " in last and "pip install 'nasattn[cluster]'" in last
 
 
-def test_the_stores_are_optunas(url: str) -> None:
+def test_the_stores_are_optunas_and_know_what_is_not_there(url: str) -> None:
     store = open_store(url)
     assert isinstance(store, Store)
     assert type(store.backend).__module__.startswith("optuna.artifacts.")
+    assert store.read("nothing") is None
+    store.remove("nothing")
+    assert objects(url) == set(), "the probe is gone"

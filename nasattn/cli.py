@@ -183,10 +183,15 @@ def gc(
     found = _study(experiment, storage, study)
     limit = None if max_gb is None else max_gb * GB
     done = collect(found, limit=limit, dry_run=dry_run)
+    store = found.config.artifacts
     for item in done.dropped:
         print(f"{item.path.relative_to(found.folder)}  {size_text(item.bytes)}  {item.why}")
     verb = "would free" if dry_run else "freed"
-    print(f"{verb} {size_text(done.freed)}; {size_text(done.left)} are kept in {found.folder}")
+    places = f"{found.folder} and {store}" if store else f"{found.folder}"
+    print(f"{verb} {size_text(done.freed)}; {size_text(done.left)} are kept in {places}")
+    if store:
+        freed, left = (size_text(done.shared(dropped=dropped)) for dropped in (True, False))
+        print(f"of that in the store: {verb} {freed}; {left} are kept")
     if limit is not None and done.left > limit:
         print(
             f"nasattn: --max-gb: got {max_gb:g}; the frontier, the baseline and what is not "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ from nasattn.document import (
     read_whole,
     tuples,
 )
-from nasattn.errors import UserError, lookup
+from nasattn.errors import UserError, lookup, suggest
 
 Rate = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
@@ -282,11 +283,14 @@ class TrainerFile(Strict):
 class Experiment(Strict):
     """One study, whole: what is searched, on which data, how candidates are trained and judged.
 
+    artifacts: where the study's files lie for all of its machines: a folder of a network file
+    system, s3://bucket/prefix or gs://bucket/prefix; none: in the study's folder alone.
     latency: the target device's table, which `nasattn profile` measured, for the metric latency_s.
     """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     storage: Annotated[str, Field(validate_default=True)] = "sqlite:///runs/nasattn.db"
+    artifacts: str | None = None
     space: SpaceFile
     data: DataFile
     training: Training = Training()
@@ -337,6 +341,11 @@ class Experiment(Strict):
     @classmethod
     def _storage(cls, url: str, info: ValidationInfo) -> str:
         return storage_url(url, info.context or ".")
+
+    @field_validator("artifacts")
+    @classmethod
+    def _artifacts(cls, url: str | None, info: ValidationInfo) -> str | None:
+        return None if url is None else artifacts_url(url, info.context or ".")
 
     @field_validator("space", mode="before")
     @classmethod
@@ -452,6 +461,18 @@ def storage_url(url: str, folder: str | Path = ".") -> str:
     return url
 
 
+def artifacts_url(url: str, folder: str | Path = ".") -> str:
+    """A store's URL without a last slash; a folder as its whole path, taken from `folder`."""
+    scheme = re.match(r"[A-Za-z0-9+]+(?=:)", url)
+    bucket = re.fullmatch(r"(s3|gs)://[a-z0-9][a-z0-9._-]+(/[^/]+)*/?", url)
+    if not url.strip() or (scheme and not bucket) or (bucket and "/../" in f"{url}/"):
+        raise ValueError(
+            f"got '{url}'; allowed: a folder, s3://bucket/prefix or gs://bucket/prefix"
+            + (suggest(scheme[0], ("s3", "gs")) if scheme else "")
+        )
+    return url.rstrip("/") if bucket else str(Path(folder, url).resolve())
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`key.path: old -> new` for each leaf that differs."""
     lines: list[str] = []
@@ -477,6 +498,7 @@ __all__ = [
     "SpaceFile",
     "TrainerFile",
     "Training",
+    "artifacts_url",
     "differences",
     "read_whole",
     "storage_url",

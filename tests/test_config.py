@@ -463,7 +463,7 @@ def test_several_mistakes_at_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"", "expected a mapping with the keys study, storage, space, .*; got nothing"),
+        (b"", "expected a mapping with the keys study, storage, artifacts, space, .*; got nothing"),
         (b"# nothing\n", "got nothing"),
         (b"5", "expected a mapping with the keys .*; got 5"),
         (b"- study: a", "expected a mapping with the keys .*; got \\[{'study': 'a'}\\]"),

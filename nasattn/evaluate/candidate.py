@@ -1,7 +1,6 @@
 """Evaluation of an architecture: built, given the plain backbone's weights, trained, scored."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from nasattn.config import Experiment, Schedule
 from nasattn.data import Data, load
 from nasattn.evaluate.checkpoint import Checkpoints
 from nasattn.evaluate.train import Tick, fit, test, weights_of
+from nasattn.files import Files
 from nasattn.model import build, load_backbone
 from nasattn.record import Score
 from nasattn.seed import derive
@@ -30,7 +30,7 @@ class Evaluator:
 
     With `warm_start` all of them go on from one trained plain backbone, whose weights lie in
     `folder`; when they are gone it is trained again, from the same seed. note: told of checkpoints
-    that cannot be used or written.
+    that cannot be used or written. files: where what lies in `folder` lies beside this disk.
     """
 
     name = "train"
@@ -42,9 +42,10 @@ class Evaluator:
         plain: Architecture,
         folder: Path,
         note: Callable[[str], None] = lambda text: None,
+        files: Files | None = None,
     ) -> None:
         self.experiment, self.data, self.plain, self.folder = experiment, data, plain, folder
-        self.note = note
+        self.note, self.files = note, files or Files()
         self._backbone: Weights | None = None
 
     @property
@@ -131,8 +132,10 @@ class Evaluator:
             )
             facts = self._facts() | {"accuracy": f"{score.accuracy:.6f}"}
             store(self._file, self._backbone, facts)
-            shutil.rmtree(kept, ignore_errors=True)
+            self.files.publish(self._file, must=True)
+            self.files.drop(kept)
             return True
+        self.files.publish(self._file, must=True)  # its training may have ended before this one did
         return False
 
     @property
@@ -197,7 +200,7 @@ class Evaluator:
             "trainer": experiment["trainer"],
             **more,
         }
-        return Checkpoints(folder=folder, belongs=belongs, note=self.note)
+        return Checkpoints(folder=folder, belongs=belongs, note=self.note, files=self.files)
 
     @property
     def _file(self) -> Path:
@@ -213,6 +216,7 @@ class Evaluator:
         return {"from": json.dumps(what, sort_keys=True)}
 
     def _stored(self) -> Weights | None:
+        self.files.fetch(self._file)
         try:
             with safe_open(self._file, "pt") as file:
                 facts = file.metadata() or {}

@@ -21,6 +21,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nasattn.files import Files
+
 FORMAT = 1
 Point = Mapping[str, float]  # accuracies on the validation split: accuracy, top5
 
@@ -62,15 +64,18 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoints:
-    """The files of one training. belongs: what it is a function of; note: told what went wrong."""
+    """The files of one training. belongs: what it is a function of; note: told what went wrong;
+    files: where they lie beside this disk."""
 
     folder: Path
     belongs: Mapping[str, Any]
     note: Callable[[str], None] = lambda text: None
+    files: Files = field(default_factory=Files)
 
     def read(self, name: str, network: nn.Module) -> State | None:
         """The state that was written last; None, with a note, where there is none of use."""
         path = self._path(name)
+        self.files.fetch(path)
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -104,6 +109,8 @@ class Checkpoints:
         except OSError as error:
             draft.unlink(missing_ok=True)
             self.note(f"{path}: this checkpoint cannot be written: {error}")
+        else:
+            self.files.publish(path)
 
     def _belongs(self) -> dict[str, Any]:
         read: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **self.belongs}))

@@ -5,13 +5,13 @@ that is not finished, or that was stopped and may be promoted, goes on from. All
 again to the same bits.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 
 from nasattn.record import Trial
+from nasattn.search.artifacts import UPLOADS, open_store, share
 from nasattn.search.final import FINAL
 from nasattn.search.lease import Leases
 from nasattn.search.study import Study
@@ -22,11 +22,13 @@ BACKBONE = "backbone.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A file or a folder, its size, and why it is kept or not. value: what is kept may go when room
-    is short, the least value first; None: never."""
+    """A file or a folder, its size here and in the artifact store together, and why it is kept or
+    not. shared: of its size, what lies in the store. value: what is kept may go when room is short,
+    the least value first; None: never."""
 
     path: Path
     bytes: int
+    shared: int = 0
     why: str
     value: float | None = None
 
@@ -42,30 +44,41 @@ class Collection:
     def freed(self) -> int:
         return sum(item.bytes for item in self.dropped)
 
+    def shared(self, *, dropped: bool) -> int:
+        """Of that, what lies (or lay) in the artifact store."""
+        return sum(item.shared for item in (self.dropped if dropped else self.kept))
+
     @property
     def left(self) -> int:
         return sum(item.bytes for item in self.kept)
 
 
-def collect(study: Study, *, limit: float | None = None, dry_run: bool = False) -> Collection:
+def collect(
+    study: Study,
+    *,
+    limit: float | None = None,
+    dry_run: bool = False,
+    note: Callable[[str], None] = print,
+) -> Collection:
     """Remove what is not asked for any more; with a limit (bytes), also the checkpoints of stopped
     trials until the rest is within it, those of the lowest accuracy first. What may not go can
-    leave more than the limit. dry_run: only say what would be removed.
+    leave more than the limit. dry_run: only say what would be removed. note: told of an artifact
+    store that does not answer.
     """
+    share(study, open_store(study.config.artifacts), note)
+    busy = bool(study.workers())
     if dry_run:
-        return _chosen(study, limit)
+        return _chosen(study, limit, busy)
     # Nobody promotes a stopped trial, and nobody takes one over, while this holds the turn.
     with Leases(study.engine, study.name) as leases, leases.turn():
-        found = _chosen(study, limit)
+        found = _chosen(study, limit, busy)
         for item in found.dropped:
-            if item.path.is_dir():
-                rmtree(item.path, ignore_errors=True)
-            else:
-                item.path.unlink(missing_ok=True)
+            study.files.drop(item.path, must=True)
     return found
 
 
-def _chosen(study: Study, limit: float | None) -> Collection:
+def _chosen(study: Study, limit: float | None, busy: bool) -> Collection:
+    """busy: others work on the study."""
     # The files before the trials: one that began meanwhile is then no file without a trial.
     folder = study.folder
     paths = [
@@ -74,8 +87,9 @@ def _chosen(study: Study, limit: float | None) -> Collection:
         *sorted(folder.glob("backbone.*")),
         *sorted((folder / FINAL).glob("seed*")),
     ]
-    sizes = {path: _size(path) for path in paths}
-    items = list(_judged(study, sizes))
+    shared = study.files.elsewhere()
+    sizes = {path: (_size(path), shared.get(path, 0)) for path in dict.fromkeys([*paths, *shared])}
+    items = list(_judged(study, sizes, busy))
     dropped = [item for kept, item in items if not kept]
     kept = [item for kept, item in items if kept]
     for item in sorted((i for i in kept if i.value is not None), key=lambda i: i.value or 0.0):
@@ -86,12 +100,14 @@ def _chosen(study: Study, limit: float | None) -> Collection:
     return Collection(dropped=dropped, kept=kept)
 
 
-def _judged(study: Study, sizes: dict[Path, int]) -> Iterable[tuple[bool, Item]]:
+def _judged(
+    study: Study, sizes: Mapping[Path, tuple[int, int]], busy: bool
+) -> Iterable[tuple[bool, Item]]:
     """Each path with whether it is kept."""
     trials = {t.number: t for t in study.trials}
     front = {t.number for t in study.frontier(list(trials.values()))}
     final = study.final(list(trials.values()))
-    for path, size in sizes.items():
+    for path, (here, shared) in sizes.items():
         value = None
         if path.parent.name == "weights":
             kept, why = _weights(trials.get(int(path.stem)), front)
@@ -103,10 +119,13 @@ def _judged(study: Study, sizes: dict[Path, int]) -> Iterable[tuple[bool, Item]]
         elif path.parent.name == FINAL:
             kept = final is not None and final["done"] < final["evaluations"]
             why = "the final goes on from it" if kept else "the final is done"
+        elif path.parent.name == UPLOADS:
+            kept = busy
+            why = "a worker may be at it" if busy else "an upload that was broken off"
         else:
-            kept = path.suffix == ".safetensors" or not (study.folder / BACKBONE).exists()
+            kept = path.suffix == ".safetensors" or study.folder / BACKBONE not in sizes
             why = "the plain backbone" if kept else "the plain backbone is trained"
-        yield kept, Item(path=path, bytes=size, why=why, value=value)
+        yield kept, Item(path=path, bytes=here + shared, shared=shared, why=why, value=value)
 
 
 def _weights(trial: Trial | None, front: set[int]) -> tuple[bool, str]:

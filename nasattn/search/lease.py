@@ -238,13 +238,13 @@ class Leases:
                 pass  # the next beat may succeed; the work itself tells of a database that is gone
 
 
-def create_table(engine: Engine) -> None:
-    """The table of leases, unless it is there; many processes may do so at once."""
+def create_table(engine: Engine, table: Table = TABLE) -> None:
+    """A table, that of the leases, unless it is there; many processes may do so at once."""
     try:
         with engine.begin() as connection:
-            connection.execute(CreateTable(TABLE, if_not_exists=True))
+            connection.execute(CreateTable(table, if_not_exists=True))
     except SQLAlchemyError:  # PostgreSQL lets one of two creators fail in spite of the condition
-        if not inspect(engine).has_table(TABLE.name):
+        if not inspect(engine).has_table(table.name):
             raise
 
 

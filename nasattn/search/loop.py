@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from functools import partial
-from shutil import rmtree
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -13,10 +12,11 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import TrialFailed, reason
+from nasattn.errors import Stopped, TrialFailed, reason
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import FINISHED, Score, Trial
+from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import full, full_disk, patiently
@@ -60,9 +60,16 @@ class Search:
         self.data: Data = load(experiment.data, experiment.space.input, experiment.space.classes)
         self.data.loader("train", experiment.training.batch_size, 0)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
+        store = open_store(experiment.artifacts)
         self.study = open_study(experiment, space_facts(self.pricing, limits), self.gate)
+        share(self.study, store, self.display.note)
         self.evaluator = Evaluator(
-            experiment, self.data, self.space.baseline(), self.study.folder, self.display.note
+            experiment,
+            self.data,
+            self.space.baseline(),
+            self.study.folder,
+            self.display.note,
+            self.study.files,
         )
         self.stopping = ParetoHalving.of(experiment)
         self._published: list[Trial] = []
@@ -86,14 +93,15 @@ class Search:
         return Leases(self.study.engine, self.study.name)
 
     def plan(self, total: int) -> int:
-        """How many trials the study can have, of so many; stored, as is the `final`, so that a bare
-        `resume` goes on to it."""
+        """How many trials the study can have, of so many; stored with `final` and `artifacts`, so
+        that a bare `resume` goes on to it."""
         count = self.candidates.count()
         total = total if count is None else min(total, count)
         facts = dict(self.study.facts)
         experiment = dict(facts["experiment"])
         experiment["search"] = {**experiment["search"], "trials": total}
-        experiment["final"] = self.experiment.as_dict()["final"]
+        given = self.experiment.as_dict()
+        experiment |= {key: given[key] for key in ("artifacts", "final")}
         if experiment != facts["experiment"]:
             self.study.optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
             self.study.refresh()
@@ -167,6 +175,8 @@ class Search:
         """Train a trial's architecture and record how it did."""
         try:
             score = job.score or self._kept_score(job) or self._train(slots, job)
+        except Stopped:
+            raise
         except Exception as error:
             if full(error):
                 raise full_disk(error) from error
@@ -194,18 +204,23 @@ class Search:
         facts = {"key": architecture.key, "of": job.token, "score": json.dumps(score.as_dict())}
         if weights:
             store(weights_file(self.study, number), weights, facts)
+            self.study.files.publish(weights_file(self.study, number), must=True)
         return score
 
     def _kept_score(self, job: Job) -> Score | None:
         """The score of a training that had ended when the database or the process went away: it
         stands with the weights."""
+        path = weights_file(self.study, job.trial.number)
+        self.study.files.fetch(path)
         try:
-            with safe_open(weights_file(self.study, job.trial.number), "pt") as file:
+            with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
         except (OSError, SafetensorError):
             return None
-        same = facts.get("of") == job.token and "score" in facts
-        return Score.from_dict(json.loads(facts["score"])) if same else None
+        if facts.get("of") != job.token or "score" not in facts:
+            return None
+        self.study.files.publish(path, must=True)
+        return Score.from_dict(json.loads(facts["score"]))
 
     def _have_backbone(self) -> None:
         """With a warm start: the backbone's weights, which one worker trains while others wait."""
@@ -258,19 +273,26 @@ class Search:
 
     def _sweep(self, trials: list[Trial]) -> None:
         """Delete what will not be asked for again: a trial that left the frontier never returns to
-        it. A trial that is not finished keeps all it has: it may be another worker's."""
+        it. A trial that is not finished keeps all it has: it may be another worker's. What is kept
+        and was not published, as the study had no store then, is now."""
         kept = {0} | {t.number for t in self.study.frontier(trials)}
         done = {t.number for t in trials if t.state in FINISHED}
-        for path in weights_file(self.study, 0).parent.glob("*.safetensors"):
-            if path.stem.isdecimal() and int(path.stem) in done - kept:
-                path.unlink(missing_ok=True)
+        weights, checkpoints = weights_file(self.study, 0).parent, self.study.folder / "checkpoints"
         ended = {t.number for t in trials if t.state in ("scored", "failed")}
-        for path in (self.study.folder / "checkpoints").glob("*"):
-            if path.name.isdecimal() and int(path.name) in ended:
-                rmtree(path, ignore_errors=True)
+        over = {weights: done - kept, checkpoints: ended}
+        files, shared = self.study.files, self.study.files.elsewhere()
+        for path in {*weights.glob("*.safetensors"), *checkpoints.glob("*"), *shared}:
+            if path.parent not in over or not path.stem.isdecimal():
+                continue
+            if int(path.stem) in over[path.parent]:
+                files.drop(path)
+            elif path.parent == weights and int(path.stem) in kept and path not in shared:
+                files.publish(path)
 
 
 def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
     """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again."""
     path = weights_file(study, trial.number)
+    share(study, open_store(study.config.artifacts), display.note)
+    study.files.fetch(path)
     return load_file(path) if path.exists() else Search(study.config, display).train_again(trial)

@@ -1,5 +1,6 @@
-"""What to do when the ground goes: a database that does not answer is asked again for a while, a
-full disk ends the work at once. Either way the search stops with one message, and nothing is lost.
+"""What to do when the ground goes: a database or an artifact store that does not answer is asked
+again for a while, a full disk ends the work at once. Either way the search stops with one message,
+and nothing is lost.
 """
 
 import errno
@@ -14,17 +15,24 @@ from nasattn.errors import Stopped
 
 T = TypeVar("T")
 
+
+class StoreAway(Exception):
+    """The artifact store has not done what it was asked."""
+
+
 PATIENCE = 120.0  # seconds from the first failure until the search stops
 PAUSES = 0.1, 10.0  # seconds between two tries, the first and the longest
 pause = time.sleep
 
 
 def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
-    """What `step` returns, tried again while the database is gone: it may have come to any point.
+    """What `step` returns, tried again while the database or the artifact store is gone: it may
+    have come to any point.
 
-    Raises Stopped when the database stays away or the disk is full.
+    Raises Stopped when one of them stays away or the disk is full.
     """
     began, (seconds, longest) = None, PAUSES  # type: tuple[float | None, tuple[float, float]]
+    who = ""
     while True:
         try:
             found = step()
@@ -33,33 +41,35 @@ def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
                 raise full_disk(error) from error
             if not gone(error):
                 raise
-            now, reason = time.monotonic(), _reason(error)
+            now, reason = time.monotonic(), cause(error)
             if began is None:
                 began = now
-                note(f"the database does not answer ({reason}); it is tried again")
+                who = "artifact store" if isinstance(error, StoreAway) else "database"
+                note(f"the {who} does not answer ({reason}); it is tried again")
             if now - began > PATIENCE:
                 raise Stopped(
-                    f"the database has not answered for {now - began:.0f} s ({reason}); what is "
+                    f"the {who} has not answered for {now - began:.0f} s ({reason}); what is "
                     "finished is kept, the same command goes on"
                 ) from error
             pause(seconds * random.SystemRandom().uniform(0.5, 1.0))
             seconds = min(2 * seconds, longest)
         else:
             if began is not None:
-                note(f"the database answers again, after {time.monotonic() - began:.0f} s")
+                note(f"the {who} answers again, after {time.monotonic() - began:.0f} s")
             return found
 
 
 def full_disk(error: BaseException) -> Stopped:
     return Stopped(
-        f"the disk is full ({_reason(error)}); nothing is lost: make room, the same command goes on"
+        f"the disk is full ({cause(error)}); nothing is lost: make room, the same command goes on"
     )
 
 
 def gone(error: BaseException) -> bool:
-    """Whether the error means that the database could not be reached or was locked."""
+    """Whether the error means that the database could not be reached or was locked, or that the
+    artifact store could not be reached."""
     return any(
-        isinstance(e, (OperationalError, InterfaceError))
+        isinstance(e, (OperationalError, InterfaceError, StoreAway))
         or (isinstance(e, DBAPIError) and e.connection_invalidated)
         for e in _causes(error)
     )
@@ -81,7 +91,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _reason(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The driver's own words, on one line."""
     last = list(_causes(error))[-1]
     return str(getattr(last, "orig", None) or last).strip().split("\n")[0]

@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from shutil import rmtree
 
 from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data
-from nasattn.errors import TrialFailed, reason
+from nasattn.errors import Stopped, TrialFailed, reason
 from nasattn.evaluate.candidate import Evaluator, score_test
 from nasattn.record import Cost
 from nasattn.search.display import Display, duration, placed
@@ -111,6 +110,8 @@ class Retraining:
             final, test = self.experiment.final, None
             if final and final.test:
                 test = score_test(architecture, weights, evaluator.experiment, self.data)
+        except Stopped:
+            raise
         except Exception as error:
             if full(error):
                 raise full_disk(error) from error
@@ -118,7 +119,7 @@ class Retraining:
         else:
             done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
             self._store(replace(done, val=score.accuracy, test=test))
-        rmtree(files, ignore_errors=True)
+        self.study.files.drop(files)
         self._release(_lease(contender, seed))
 
     def _acquire(self, name: str) -> bool:
@@ -193,7 +194,8 @@ def evaluator_of(study: Study, data: Data, seed: int, note: Callable[[str], None
     own = search.model_copy(update={"seed": derive(search.seed, FINAL, seed)})
     plain = next(t.architecture for t in study.trials if t.baseline)
     folder = study.folder / FINAL / f"seed{seed}"
-    return Evaluator(experiment.model_copy(update={"search": own}), data, plain, folder, note)
+    experiment = experiment.model_copy(update={"search": own})
+    return Evaluator(experiment, data, plain, folder, note, study.files)
 
 
 def _lease(contender: Contender, seed: int) -> str:

@@ -153,8 +153,7 @@ class Slots:
         A training that had come further since the death before begins a new count: then it was not
         the trial that killed."""
         folder, weights = self.checkpoints(trial.number), weights_file(self.study, trial.number)
-        files = [*sorted(folder.rglob("*")), weights]
-        at = [[file.name, file.stat().st_mtime_ns] for file in files if file.is_file()]
+        at = self.study.files.marks(folder, weights)
         before = row.user_attrs.get(DEATHS, {"count": 0})
         count = 1 + (before["count"] if before.get("at") == at else 0)
         last = count >= MOST_DEATHS

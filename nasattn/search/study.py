@@ -20,6 +20,7 @@ from nasattn import __version__
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment, Limit, differences
 from nasattn.errors import UserError, suggest
+from nasattn.files import Files
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
@@ -43,7 +44,15 @@ STATES: Mapping[TrialState, State] = {
 }
 # What may change between two runs of one study: neither decides what is proposed or how it is
 # judged.
-FREE = ("search.trials", "search.workers", "storage", "final", "final.seeds", "final.test")
+FREE = (
+    "search.trials",
+    "search.workers",
+    "storage",
+    "artifacts",
+    "final",
+    "final.seeds",
+    "final.test",
+)
 
 
 class Study:
@@ -60,6 +69,7 @@ class Study:
         self.name = study.study_name
         self.storage = storage
         self.notes: list[str] = []  # what a search should say of how it was opened
+        self.files = Files()  # who works on them shares them first: nasattn.search.artifacts
         self._finished: dict[int, Trial] = {}
         self.refresh()
 

@@ -1,0 +1,34 @@
+"""The files of a study, for whoever writes and reads them: on this disk, and perhaps elsewhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import rmtree
+
+
+class Files:
+    """Files that lie on this disk alone. `nasattn.search.artifacts` has them elsewhere too."""
+
+    def fetch(self, path: Path) -> None:
+        """Have at its place on this disk what others have published last of a file, if they have;
+        a file that came of it here stays."""
+
+    def publish(self, path: Path, *, must: bool = False) -> None:
+        """Let others find the file as it is now. must: raises Stopped where that cannot be done,
+        after patience; else a failure is noted, and the next time may succeed."""
+
+    def drop(self, path: Path, *, must: bool = False) -> None:
+        """Remove a file, or a folder with all in it, here and elsewhere; `must` as for publish."""
+        if path.is_dir():
+            rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def elsewhere(self) -> Mapping[Path, int]:
+        """What lies elsewhere, by its place on this disk, with its size in bytes: files, but the
+        folder of a training as one."""
+        return {}
+
+    def marks(self, *paths: Path) -> list[list[str | int]]:
+        """What is not the same any more when a file there, or in a folder there, was written."""
+        inner = [file for path in paths for file in (path, *sorted(path.rglob("*")))]
+        return [[file.name, file.stat().st_mtime_ns] for file in inner if file.is_file()]

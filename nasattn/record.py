@@ -99,6 +99,11 @@ class Trial:
     partial: Score | None = None
 
     @property
+    def known(self) -> Score | None:
+        """The score, or as much of it as there is."""
+        return self.score or self.partial
+
+    @property
     def baseline(self) -> bool:
         """Trial 0 is the plain backbone."""
         return self.number == 0

@@ -169,13 +169,8 @@ def searching(folder: Path, **search: Any) -> Search:
     return found
 
 
-def told(study: Study) -> list[tuple[Any, ...]]:
-    return [(t.architecture.key, t.state, t.score or t.partial) for t in study.trials]
-
-
-def epochs(study: Study) -> int:
-    known = [t.score or t.partial for t in study.trials]
-    return sum(k.epochs for k in known if k)
+def told(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
+    return [(t.architecture.key, t.state, t.known) for t in trials]
 
 
 @pytest.fixture(scope="module")
@@ -188,15 +183,14 @@ def test_a_search_that_halves_trains_less_and_by_the_rule(halved: Study) -> None
     assert halving is not None
     states = [t.state for t in trials]
     assert len(trials) == 60 and set(states) == {"scored", "stopped"}
-    assert epochs(halved) < 0.8 * 60 * halving.rungs[-1]
+    assert halved.summary()["epochs"] < 0.8 * 60 * halving.rungs[-1]
     assert halving.promotable(trials) is None, "nothing is left that should go on"
     assert all("stopped at" in t.reason for t in trials if t.state == "stopped")
     table = TableEvaluator(TABLE)
     for t in trials:  # each has the accuracies of its row, as far as it came
-        known = t.score or t.partial
-        assert known is not None
+        assert t.known is not None
         whole, _ = table(t.architecture, lambda share, accuracy: None, rung=2)
-        assert known.rungs == whole.rungs[: len(known.rungs)]
+        assert t.known.rungs == whole.rungs[: len(t.known.rungs)]
 
 
 def test_the_search_decides_as_the_simulation_does(
@@ -209,9 +203,7 @@ def test_the_search_decides_as_the_simulation_does(
     table, halving = simulate.Table(0, []), ParetoHalving.of(halved.config)
     order = [t.architecture for t in halved.trials]
     _, trials = simulate.halved(table, order, halving)
-    assert [(t.state, t.score or t.partial) for t in trials] == [
-        (t.state, t.score or t.partial) for t in halved.trials
-    ]
+    assert told(trials) == told(halved.trials)
 
 
 def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) -> None:
@@ -228,7 +220,8 @@ def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) ->
         child.join()
         died += child.exitcode != 0
     assert died >= 6
-    assert told(searching(tmp_path / "torn", sampler="random").run(60)) == told(halved)
+    study = searching(tmp_path / "torn", sampler="random").run(60)
+    assert told(study.trials) == told(halved.trials)
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

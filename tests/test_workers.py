@@ -419,12 +419,20 @@ def test_a_study_in_memory_is_refused(write: Write) -> None:
 
 
 @pytest.mark.slow
-def test_kills_within_real_trainings_lose_nothing(write: Write) -> None:
-    """At least twenty kills at steps of Lightning trainings, of the backbone's and of trials'."""
+@pytest.mark.parametrize("stopping", ["none", "pareto_halving"])
+def test_kills_within_real_trainings_lose_nothing(write: Write, stopping: str) -> None:
+    """At least twenty kills at steps of Lightning trainings, of the backbone's and of trials', some
+    of which are stopped at a rung and promoted."""
     data = {"name": "cued_digits", "train": 192, "val": 64, "test": 64}
-    training = {"epochs": 2, "batch_size": 32, "lr": 0.01, "warm_start": True, "ema": 0.9}
+    training: dict[str, Any] = {"epochs": 2, "batch_size": 32, "lr": 0.01, "warm_start": True}
+    training |= {"ema": 0.9}
     options: dict[str, Any] = {"data": data, "training": training}
+    if stopping != "none":
+        training |= {"epochs": 3, "schedule": "wsd"}
+        options["search"] = {"stopping": stopping, "rungs": [1, 3]}
     whole, path, trials = searching(write("whole", **options)).run(18), write("torn", **options), 18
+    states = {t.state for t in whole.trials}
+    assert states == ({"scored"} if stopping == "none" else {"scored", "stopped"})
     rng, kills, step = random.Random(0), 0, 0
     while True:
         # Never twice in a row before the end of an epoch: three times would fail the trial.

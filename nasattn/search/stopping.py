@@ -149,8 +149,7 @@ class ParetoHalving:
 
 def reached(trial: Trial) -> tuple[float, ...]:
     """The accuracies at the rungs that a trial has reached."""
-    known = trial.score or trial.partial
-    return known.rungs if known else ()
+    return trial.known.rungs if trial.known else ()
 
 
 def at(trial: Trial, level: int) -> bool:

@@ -214,6 +214,7 @@ class Study:
             "finished": finished(trials),
             "trials": self.config.search.trials,
             **{state: states.count(state) for state in STATES.values()},
+            "epochs": sum(t.known.epochs for t in trials if t.known),
             "architectures": int(self.facts["size"]),
             "best": max(scored, default=None),
             "hypervolume": self.hypervolume(trials),

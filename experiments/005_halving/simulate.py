@@ -1,12 +1,11 @@
 """Halving on the table of curves.csv, against training everything to the end: simulated searches.
 
-    python simulate.py [RUNS] [ETA]
+    python simulate.py [RUNS] [ETA]      prints medians (ranges) over the runs
 
-One worker, architectures in random order; a run sees the rows of one seed (those that are whole, in
-turn). Epochs are those spent, decays counted. Hypervolume: of the scored trials, over that of the
-whole table, by the same seed's accuracies; `others` judges the frontier that was found by the mean
-accuracy of the seeds that the run did not see, over the same for training everything: luck of the
-one seed is no gain there.
+One worker, architectures in random order; a run sees the rows of one seed (of those that are whole,
+in turn). Epochs: those spent, decays counted, over those of training everything without rungs.
+Hypervolume: of the scored trials' frontier over that of the whole table's, by the accuracies of the
+run's own seed, or by the mean of the seeds that the run did not see: there luck is no gain.
 """
 
 import csv
@@ -28,7 +27,8 @@ from nasattn.space import SearchSpace
 
 HERE = Path(__file__).parent
 SHARES = (0.95, 0.99)
-Course = list[tuple[int, float]]  # epochs spent, share of the whole table's hypervolume
+# Epochs spent, and the hypervolume's share of the whole table's: by the run's seed, by the others.
+Course = list[tuple[int, float, float]]
 
 
 class Table:
@@ -46,6 +46,7 @@ class Table:
         self.baseline = self.score(self.plain, None).accuracy
         self.whole = [self.trial(i, a, self.score(a, None)) for i, a in enumerate(self.every)]
         self.full = self.volume(self.whole)
+        self.full_judged = self.judged(self.whole) if self.judges else float("nan")
 
     def score(self, architecture: Architecture, rung: int | None) -> Score:
         return _looked_up(self.evaluate, architecture, rung)
@@ -63,14 +64,19 @@ class Table:
     def volume(self, trials: Sequence[Trial]) -> float:
         return hypervolume(self._points(trials), [-self.baseline, self.dearest])
 
+    def point(self, spent: int, trials: Sequence[Trial]) -> tuple[int, float, float]:
+        others = self.judged(trials) / self.full_judged if self.judges else float("nan")
+        return spent, self.volume(trials) / self.full, others
+
     def judged(self, trials: Sequence[Trial]) -> float:
         """The hypervolume of the trials' frontier by the other seeds."""
-        points = self._points(trials)
         scored = [t for t in trials if t.score]
-        front = [t for t, kept in zip(scored, non_dominated(points), strict=True) if kept]
-        seen = [(self._judge(t.architecture), t.cost.values["macs"]) for t in front]
-        reference = [-self._judge(self.plain), self.dearest]
-        return hypervolume([[-accuracy, macs] for accuracy, macs in seen], reference)
+        if not scored:
+            return 0.0
+        kept = non_dominated(self._points(scored))
+        front = [t for t, on_it in zip(scored, kept, strict=True) if on_it]
+        points = [[-self._judge(t.architecture), t.cost.values["macs"]] for t in front]
+        return hypervolume(points, [-self._judge(self.plain), self.dearest])
 
     def _judge(self, architecture: Architecture) -> float:
         return fmean(_looked_up(judge, architecture, None).accuracy for judge in self.judges)
@@ -91,7 +97,7 @@ def everything(table: Table, order: Sequence[Architecture]) -> Course:
         score = table.score(architecture, None)
         trials.append(table.trial(number, architecture, score))
         spent += score.epochs
-        course.append((spent, table.volume(trials) / table.full))
+        course.append(table.point(spent, trials))
     return course
 
 
@@ -120,11 +126,12 @@ def halved(
             if not trial.score and not halving.goes_on(trial, trials):
                 trials[trial.number] = replace(trial, state="stopped")
                 break
-        course.append((spent, table.volume(trials) / table.full))
+        course.append(table.point(spent, trials))
 
 
-def reach(course: Course, share: float) -> float:
-    return next((spent for spent, volume in course if volume >= share), float("inf"))
+def reach(course: Course, share: float, judge: int) -> float:
+    """Epochs until a share is reached, by the run's seed (1) or by the others (2)."""
+    return next((point[0] for point in course if point[judge] >= share), float("inf"))
 
 
 def simulate(table: Table, seed: int, eta: float | None) -> dict[str, float]:
@@ -132,14 +139,15 @@ def simulate(table: Table, seed: int, eta: float | None) -> dict[str, float]:
     halving = ParetoHalving(experiment.rungs, eta or experiment.search.eta, experiment.costs)
     whole, (course, trials) = everything(table, order), halved(table, order, halving)
     epochs = whole[-1][0]
-    row = {"all: epochs": course[-1][0] / epochs, "all: hypervolume": course[-1][1]}
-    if table.judges:
-        row["all: hypervolume, others"] = table.judged(trials) / table.judged(table.whole)
-    row["all: trained to the end"] = sum(bool(t.score) for t in trials) / len(trials)
-    for share in SHARES:
-        row[f"to {share}: epochs"] = reach(course, share) / epochs
-        row[f"to {share}: without halving"] = reach(whole, share) / epochs
-        row[f"to {share}: ratio"] = reach(course, share) / reach(whole, share)
+    ended = sum(bool(t.score) for t in trials) / len(trials)
+    row = {"epochs": course[-1][0] / epochs, "trained to the end": ended}
+    for judge, name in ((1, "by its seed"), (2, "by others"))[: 1 + bool(table.judges)]:
+        row[f"hypervolume {name}"] = course[-1][judge]
+        for share in SHARES:
+            spent, without = reach(course, share, judge), reach(whole, share, judge)
+            row[f"epochs to {share} {name}"] = spent / epochs
+            row["  without halving" + " " * len(row)] = without / epochs
+            row["  ratio" + " " * len(row)] = spent / without
     return row
 
 
@@ -152,7 +160,7 @@ def main(runs: int, eta: float | None) -> None:
     rows = [simulate(tables[run % len(tables)], run, eta) for run in range(runs)]
     for name in rows[0]:
         found = [row[name] for row in rows]
-        print(f"{name:>26}  median {median(found):.3f}  {min(found):.3f} to {max(found):.3f}")
+        print(f"{name.rstrip():30}  {median(found):.3f}  ({min(found):.3f} to {max(found):.3f})")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ OWNERS: dict[str, set[str]] = {
     "executorch": {"cost.latency"},
     "onnxscript": {"export"},
     "matplotlib": {"report"},
+    "ray": {"search.launchers"},
+    "submitit": {"search.launchers"},
     "rich": {"search.display", "cli"},
     "typer": {"cli"},
     "torchvision": set(),

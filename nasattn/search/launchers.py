@@ -134,9 +134,11 @@ class LocalProcess:
 
 def visible_devices(trainer: TrainerFile) -> list[str]:
     """The GPUs of each worker, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    if trainer.accelerator not in ("auto", "gpu"):
+        return []
     import torch  # not at the top: what runs a worker elsewhere needs none
 
-    if trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
@@ -167,6 +169,10 @@ class Ray:
     def start(
         self, command: Sequence[str], index: int, log: Path, env: Mapping[str, str]
     ) -> "RayProcess":
+        try:
+            _reach(self.ray.get_runtime_context().gcs_address)  # else Ray waits for a minute
+        except OSError as error:
+            raise Stopped(f"the Ray cluster does not answer: {error}") from error
         kind = self.ray.remote(
             num_cpus=self.needs["CPU"],
             num_gpus=self.needs["GPU"],
@@ -193,7 +199,7 @@ def _connect_ray() -> Any:
         if not host or not port.isdecimal():
             raise UserError(f"{ADDRESS}: got '{address}'; allowed: HOST:PORT, or auto")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), ANSWERS).close()
+            _reach(address)
         except (OSError, OverflowError) as error:
             raise UserError(f"{ADDRESS}: no Ray cluster answers at {address}: {error}") from None
     try:
@@ -208,6 +214,12 @@ def _connect_ray() -> Any:
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     return ray
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), ANSWERS).close()
 
 
 class Host:

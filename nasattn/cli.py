@@ -324,14 +324,14 @@ def _search(
     options: list[str] | None,
 ) -> None:
     from nasattn.search.display import Display
-    from nasattn.search.launchers import launcher as found
     from nasattn.search.loop import Search
+    from nasattn.search.workers import launcher as launcher_of
     from nasattn.search.workers import search_with
 
     signal.signal(signal.SIGTERM, _interrupter())
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
     display = Display(_console())
-    start = found(launcher, options or [], experiment, display.note)
+    start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
             study = search_with(experiment, total, count, display, start)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nasattn.config import TrainerFile
-from nasattn.search.launchers import STORAGE, Launcher, Local, Process, Ray, Slurm
+from nasattn.search.launchers import STORAGE, Launcher, Local, Process
+from nasattn.search.ray_launcher import Ray
+from nasattn.search.slurm_launcher import Slurm
 
 SECRET = "postgresql://user:s3cret-w0rd@host/x"
 LAST_WORDS = "print('much'); print('nasattn: the last words'); raise SystemExit(3)"
@@ -37,7 +39,7 @@ while os.getppid() == parent:
 """
 
 
-def waited(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def waited(what: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Its first value that is something."""
     deadline = time.monotonic() + seconds
     while (found := what()) in (None, "", []):

@@ -2,15 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nasattn.config import Experiment
-from nasattn.errors import Stopped
+from nasattn.errors import Stopped, UserError, lookup
 from nasattn.search.display import Display
 from nasattn.search.launchers import STORAGE, Launcher, Local, Process
 from nasattn.search.loop import Search
 from nasattn.search.outage import gone
+from nasattn.search.ray_launcher import Ray
+from nasattn.search.slurm_launcher import Slurm, read_options
 from nasattn.search.study import Study, finished
 from nasattn.search.watch import Follower
 
@@ -101,6 +103,26 @@ class Crew:
         except OSError:
             lines = []
         return lines[-1].removeprefix("nasattn: ") if lines else "it left no message"
+
+
+def launcher(
+    name: str, options: Sequence[str], experiment: Experiment, note: Callable[[str], None]
+) -> Launcher:
+    """A launcher by its name. options: `KEY=VALUE`, of slurm only (SLURM). A UserError where the
+    cluster cannot be used."""
+    lookup(dict.fromkeys(("local", "ray", "slurm")), name, "launcher")
+    if options and name != "slurm":
+        raise UserError(f"--launcher-option: got {options[0]}; the launcher {name} takes none")
+    trainer = experiment.trainer
+    if name == "local":
+        return Local(trainer)
+    found = Ray(trainer, note) if name == "ray" else Slurm(trainer, read_options(options), note)
+    if experiment.storage.startswith("sqlite"):
+        note(
+            "the database is a sqlite file: right only while all workers run on this one machine; "
+            "for several machines: a PostgreSQL URL (--storage)"
+        )
+    return found
 
 
 def search_with(

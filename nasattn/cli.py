@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,18 @@ Trials = Annotated[
     int | None,
     typer.Option(min=1, help="Finished trials in the whole study, the baseline counted."),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes that train, on this machine.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that train.")]
+Launcher = Annotated[
+    str, typer.Option(help="Where they run: local (this machine) | ray | slurm.", metavar="NAME")
+]
+LauncherOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--launcher-option",
+        help="For slurm, such as partition=gpu or time=60 (minutes); may be given again.",
+        metavar="KEY=VALUE",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 
 
@@ -51,6 +63,8 @@ def search(
     trials: Trials = None,
     storage: Storage = None,
     workers: Workers = None,
+    launcher: Launcher = "local",
+    launcher_option: LauncherOptions = None,
     new_study: Annotated[
         bool, typer.Option("--new-study", help="Begin anew, as NAME-2 where NAME is taken.")
     ] = False,
@@ -63,7 +77,7 @@ def search(
         name = free_name(loaded.storage, loaded.study)
         print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
         loaded = loaded.model_copy(update={"study": name})
-    _search(loaded, trials, workers)
+    _search(loaded, trials, workers, launcher, launcher_option)
 
 
 @app.command()
@@ -74,11 +88,13 @@ def resume(
     study: Annotated[str, typer.Option(help="The study's name.", metavar="NAME")],
     trials: Trials = None,
     workers: Workers = None,
+    launcher: Launcher = "local",
+    launcher_option: LauncherOptions = None,
 ) -> None:
     """Go on with a study from its database alone: the experiment is stored in it."""
     from nasattn.search.study import load_study
 
-    _search(load_study(storage, study).config, trials, workers)
+    _search(load_study(storage, study).config, trials, workers, launcher, launcher_option)
 
 
 @app.command()
@@ -305,17 +321,25 @@ def blocks(
         _print_blocks(rows)
 
 
-def _search(experiment: "Experiment", trials: int | None, workers: int | None) -> None:
+def _search(
+    experiment: "Experiment",
+    trials: int | None,
+    workers: int | None,
+    launcher: str,
+    options: list[str] | None,
+) -> None:
     from nasattn.search.display import Display
     from nasattn.search.loop import Search
+    from nasattn.search.workers import launcher as launcher_of
     from nasattn.search.workers import search_with
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupter())
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
     display = Display(_console())
+    start = launcher_of(launcher, options or [], experiment, display.note)
     try:
-        if count > 1:
-            study = search_with(experiment, total, count, display)
+        if count > 1 or launcher != "local":
+            study = search_with(experiment, total, count, display, start)
         else:
             study = Search(experiment, display).run(total)
     except KeyboardInterrupt:
@@ -325,6 +349,21 @@ def _search(experiment: "Experiment", trials: int | None, workers: int | None) -
     _print_final(study)
     print(f"files: {study.folder}")
     print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
+
+
+def _interrupter() -> "Callable[[int, Any], None]":
+    """A handler that does what Ctrl-C does. A cluster signals all processes at once, and who has
+    started this one passes it on: a second signal must not cut off the first one's clean end."""
+    last = float("-inf")
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 5.0:
+            last = now
+            raise KeyboardInterrupt
+
+    return interrupt
 
 
 def _experiment(path: Path, storage: str | None = None) -> "Experiment":

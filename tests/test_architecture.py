@@ -52,6 +52,8 @@ OWNERS: dict[str, set[str]] = {
     "executorch": {"cost.latency"},
     "onnxscript": {"export"},
     "matplotlib": {"report"},
+    "ray": {"search.ray_launcher"},
+    "submitit": {"search.slurm_launcher"},
     "rich": {"search.display", "cli"},
     "typer": {"cli"},
     "torchvision": set(),

@@ -538,13 +538,3 @@ def test_workers_that_stop_by_themselves_are_not_replaced(
         experiment = searching(write()).experiment
         workers.search_with(experiment, 20, 3, Display(Console(quiet=True)), launcher)
     assert launcher.started == 3
-
-
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nasattn.config import TrainerFile
-
-    monkeypatch.setattr(workers.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert workers.visible_devices(TrainerFile(accelerator="gpu")) == ["4", "5", "6", "7"]
-    assert workers.visible_devices(TrainerFile(devices=2)) == ["4,5", "6,7"]
-    assert workers.visible_devices(TrainerFile(accelerator="cpu")) == []

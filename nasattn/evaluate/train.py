@@ -18,6 +18,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from nasattn.config import Schedule, TrainerFile
@@ -296,6 +297,8 @@ def _trainer(
         callbacks=callbacks,
         limit_train_batches=batches or schedule.epoch_steps,
         limit_val_batches=batches,
+        # In a job of Slurm, Lightning would take this for one process of several.
+        plugins=[LightningEnvironment()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -1,102 +1,25 @@
 """Several workers on one study: processes that are started, followed and, when killed, replaced."""
 
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import torch
-
-from nasattn.config import Experiment, TrainerFile
-from nasattn.errors import Stopped
+from nasattn.config import Experiment
+from nasattn.errors import Stopped, UserError, lookup
 from nasattn.search.display import Display
-from nasattn.search.lease import PARENT
+from nasattn.search.launchers import STORAGE, Launcher, Local, Process
 from nasattn.search.loop import Search
 from nasattn.search.outage import gone
+from nasattn.search.ray_launcher import Ray
+from nasattn.search.slurm_launcher import Slurm, read_options
 from nasattn.search.study import Study, finished
 from nasattn.search.watch import Follower
 
 LOOK = 0.5  # seconds between two looks at the processes and the database
 FAREWELL = 60.0  # seconds for a clean end before a process is killed
 MOST_DEATHS = 10  # workers killed in a row with no trial finished meanwhile
-STORAGE = "NASATTN_STORAGE"  # the variable with the database's URL, whose password `ps` would show
-
-
-class Process(Protocol):
-    """A command that was started somewhere. where: for people."""
-
-    @property
-    def where(self) -> str: ...
-
-    def poll(self) -> int | None:
-        """Its exit code, negative where a signal ended it; None while it runs."""
-
-    def terminate(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-class Launcher(Protocol):
-    """Starts commands. index: which of the workers; log: the file for what it prints; env: added to
-    the environment."""
-
-    def start(
-        self, command: Sequence[str], index: int, log: Path, env: Mapping[str, str]
-    ) -> Process: ...
-
-
-class Local:
-    """Starts processes on this machine, on the CPU or each on its own GPU."""
-
-    def __init__(self, trainer: TrainerFile) -> None:
-        self.trainer, self.devices = trainer, visible_devices(trainer)
-
-    def start(
-        self, command: Sequence[str], index: int, log: Path, env: Mapping[str, str]
-    ) -> "LocalProcess":
-        own = {PARENT: str(os.getpid()), "OMP_NUM_THREADS": str(self.trainer.threads)}
-        if self.devices:
-            own["CUDA_VISIBLE_DEVICES"] = self.devices[index % len(self.devices)]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            # In a session of its own: Ctrl-C comes from here, once, and not from the terminal too.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **env, **own},
-                start_new_session=True,
-            )
-        return LocalProcess(process)
-
-
-class LocalProcess:
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self.process, self.where = process, f"pid {process.pid}"
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def terminate(self) -> None:
-        self.process.terminate()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def visible_devices(trainer: TrainerFile) -> list[str]:
-    """The GPUs of each worker, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
-    if trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
-        return []
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-    each = trainer.devices
-    return [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
+REST = 5.0  # seconds in which the workers of a complete study end by themselves
 
 
 class Crew:
@@ -113,9 +36,15 @@ class Crew:
         self.launcher, self.study, self.note = launcher, study, note
         self.command = [sys.executable, "-m", "nasattn.cli", "resume", "--study", study.name]
         self.command += ["--trials", str(total), "--workers", "1"]
-        self.processes = {index: self._start(index) for index in range(count)}
+        self.processes: dict[int, Process] = {}
         self.last_words = ""
         self._deaths, self._finished = 0, 0
+        try:
+            for index in range(count):
+                self.processes[index] = self._start(index)
+        except BaseException:
+            self.dismiss()
+            raise
 
     def tend(self, done: int) -> bool:
         """Replace who was killed; False when nobody works any more. done: trials finished."""
@@ -129,8 +58,7 @@ class Crew:
                 self._finished = done
                 self.last_words = f"worker {index} ({process.where}) was killed by signal {-code}"
                 if self._deaths < MOST_DEATHS:
-                    self.processes[index] = self._start(index)
-                    self.last_words += "; another takes its place"
+                    self.last_words += self._replace(index)
                 self.note(self.last_words)
             elif code > 0:
                 self.last_words = self._tail(index)
@@ -149,6 +77,13 @@ class Crew:
             for process in self.processes.values():
                 if process.poll() is None:
                     process.kill()
+
+    def _replace(self, index: int) -> str:
+        try:
+            self.processes[index] = self._start(index)
+        except Stopped as error:
+            return f"; none takes its place: {error}"
+        return "; another takes its place"
 
     def _any(self) -> bool:
         return any(process.poll() is None for process in self.processes.values())
@@ -170,6 +105,26 @@ class Crew:
         return lines[-1].removeprefix("nasattn: ") if lines else "it left no message"
 
 
+def launcher(
+    name: str, options: Sequence[str], experiment: Experiment, note: Callable[[str], None]
+) -> Launcher:
+    """A launcher by its name. options: `KEY=VALUE`, of slurm only (SLURM). A UserError where the
+    cluster cannot be used."""
+    lookup(dict.fromkeys(("local", "ray", "slurm")), name, "launcher")
+    if options and name != "slurm":
+        raise UserError(f"--launcher-option: got {options[0]}; the launcher {name} takes none")
+    trainer = experiment.trainer
+    if name == "local":
+        return Local(trainer)
+    found = Ray(trainer, note) if name == "ray" else Slurm(trainer, read_options(options), note)
+    if experiment.storage.startswith("sqlite"):
+        note(
+            "the database is a sqlite file: right only while all workers run on this one machine; "
+            "for several machines: a PostgreSQL URL (--storage)"
+        )
+    return found
+
+
 def search_with(
     experiment: Experiment,
     total: int,
@@ -184,20 +139,20 @@ def search_with(
     search = Search(experiment, display)
     study = search.study
     total = search.plan(total)
-    complete, final = finished(study.trials) >= total, study.final()
-    if complete and (final is None or final["done"] == final["evaluations"]):
+    if _over(study, total):
         return search.run(total)
-    if not complete:
+    if finished(study.trials) < total:
         search.announce(total, count)
     del search
     crew = Crew(launcher or Local(experiment.trainer), study, total, count, display.note)
-    follower, away = Follower(study, display), False
+    follower, away, rest = Follower(study, display), False, REST
     try:
         with display:
             while True:
                 working = crew.tend(finished(display.trials))
                 try:
-                    follower.look()
+                    idle = not follower.look() and _over(study, total)
+                    rest = rest - LOOK if idle else REST
                     away = False
                 except Exception as error:
                     if not gone(error):
@@ -205,7 +160,7 @@ def search_with(
                     if not away:
                         display.note("the database does not answer; the workers try again")
                     away = True
-                if not working:
+                if not working or rest <= 0:  # who still waits for a place is not needed
                     break
                 time.sleep(LOOK)
     finally:
@@ -213,3 +168,10 @@ def search_with(
     if away or (finished(study.trials) < total and crew.last_words):
         raise Stopped(crew.last_words or "the database does not answer")
     return study
+
+
+def _over(study: Study, total: int) -> bool:
+    """Whether nothing is left to do, of the trials and of the `final`."""
+    final = study.final()
+    done = final is None or final["done"] == final["evaluations"]
+    return done and finished(study.trials) >= total

@@ -1,0 +1,189 @@
+"""Workers as jobs of Slurm, by submitit."""
+
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nasattn.config import TrainerFile
+from nasattn.errors import Stopped, UserError, lookup
+from nasattn.search.launchers import spawn
+
+MINUTES = 240  # that a job may take, where `time` is not given
+
+# The options of `--launcher slurm`, and what they mean where sbatch's manual does not say it.
+SLURM: Mapping[str, str] = {
+    "partition": "",
+    "account": "",
+    "qos": "",
+    "constraint": "",
+    "exclude": "nodes not to use",
+    "gres": "instead of the trainer's devices, which are asked for with `accelerator: gpu`",
+    "mem": "of a worker, such as 16GB",
+    "time": "minutes after which a worker is replaced by another",
+    "setup": "a line of shell to run first, such as `module load cuda`; may be given again",
+    "cluster": "slurm; or local: the same without Slurm, as processes of this machine",
+}
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` by key: `time` in minutes, `setup` a list."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not value:
+            raise UserError(f"--launcher-option: got '{pair}'; allowed: KEY=VALUE")
+        lookup(SLURM, key, "--launcher-option")
+        if key == "setup":
+            found.setdefault(key, []).append(value)
+            continue
+        if key in found:
+            raise UserError(f"--launcher-option: {key} is given twice")
+        if key == "time" and not (value.isdecimal() and int(value)):
+            raise UserError(f"--launcher-option time: got '{value}'; allowed: whole minutes, 1 up")
+        if key == "cluster" and value not in ("slurm", "local"):
+            raise UserError(f"--launcher-option cluster: got '{value}'; allowed: slurm, local")
+        found[key] = int(value) if key == "time" else value
+    return found
+
+
+class Slurm:
+    """Submits each worker as a job (submitit). options: as read_options gives them.
+
+    A job that ran out of time, was preempted or cancelled counts as killed, and is replaced by
+    another one, so that Slurm itself requeues none. The search cancels its jobs when it is stopped;
+    when it is killed they go on until the study is complete, as queued ones also may: `scancel`
+    ends them. sbatch must pass the environment on, as it does by default. submitit keeps what a job
+    calls (no password) as a pickle in the study's folder, in `workers/slurm`, which only its owner
+    can read.
+    """
+
+    def __init__(
+        self, trainer: TrainerFile, options: Mapping[str, Any], note: Callable[[str], None]
+    ) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UserError(
+                "--launcher slurm: submitit is not installed; pip install 'nasattn[cluster]'"
+            ) from None
+        self.trainer, self.note, self.submitit = trainer, note, submitit
+        self.options = {"time": MINUTES, "cluster": "slurm", **options}
+        if self.options["cluster"] == "slurm" and not (
+            shutil.which("sbatch") and shutil.which("srun")
+        ):
+            raise UserError(
+                "--launcher slurm: there is no sbatch here; start the search where jobs are "
+                "submitted, or try it out with --launcher-option cluster=local"
+            )
+
+    def start(
+        self, command: Sequence[str], index: int, log: Path, env: Mapping[str, str]
+    ) -> "SlurmProcess":
+        log = log.resolve()
+        folder = log.parent / "slurm"
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        executor = self.submitit.AutoExecutor(folder, cluster=self.options["cluster"])
+        executor.update_parameters(**self.parameters())
+        ended, threads = folder / f"{uuid.uuid4().hex}.code", self.trainer.threads
+        try:
+            with _environment(env):
+                job = executor.submit(run_job, list(command), list(env), threads, log, ended)
+        except (RuntimeError, OSError) as error:
+            raise Stopped(f"Slurm takes no job: {' '.join(str(error).split())}") from error
+        self.note(f"worker {index} is job {job.job_id}")
+        return SlurmProcess(job, ended)
+
+    def parameters(self) -> dict[str, Any]:
+        """What submitit is asked for."""
+        trainer, options = self.trainer, self.options
+        given = {key: options.get(key) for key in SLURM if key not in ("time", "cluster")}
+        gpus = trainer.devices if trainer.accelerator == "gpu" and not given["gres"] else None
+        return {
+            "name": "nasattn",
+            "timeout_min": options["time"],
+            "nodes": 1,
+            "tasks_per_node": 1,
+            "cpus_per_task": trainer.threads,
+            "gpus_per_node": gpus,
+            **{f"slurm_{key}": value for key, value in given.items()},
+            # Slurm's own srun has not taken it over from sbatch since 22.05.
+            "slurm_srun_args": [f"--cpus-per-task={trainer.threads}"],
+            "slurm_additional_parameters": {"no-requeue": True},
+        }
+
+
+class SlurmProcess:
+    """A job, seen from the search. It is over when it has left its exit code, or by what Slurm says
+    (sacct), which submitit asks more and more rarely."""
+
+    def __init__(self, job: Any, ended: Path) -> None:
+        self.job, self.ended, self.where = job, ended, f"job {job.job_id}"
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            over = self.job.done() or self.job.state.startswith("PREEMPTED")
+            try:
+                self.code = int(self.ended.read_text())
+            except FileNotFoundError:
+                self.code = -signal.SIGKILL if over else None
+        return self.code
+
+    def terminate(self) -> None:
+        self.job.cancel(check=False)
+        self.job.watcher.clear()  # so that it is asked often again
+
+    def kill(self) -> None:
+        self.terminate()  # Slurm kills what does not end
+
+
+def run_job(command: list[str], needs: list[str], threads: int, log: Path, ended: Path) -> None:
+    """What a job does: run the command, and leave its exit code in a file. needs: variables that
+    the environment must have.
+
+    Where the job is told to end, and the command is not through, that is the signal's number,
+    negative: SIGUSR2 comes before the time is over, SIGTERM from a preemption or scancel.
+    """
+    told: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: told.append(number))
+    with log.open("ab") as file:
+        if missing := [name for name in needs if name not in os.environ]:
+            file.write(
+                f"nasattn: the job has no {missing[0]}: sbatch does not pass the environment on "
+                "here (SBATCH_EXPORT=ALL)\n".encode()
+            )
+            code = 1
+        else:
+            child, passed = spawn(command, file, {}, threads), False
+            while (found := child.poll()) is None:
+                if told and not passed:
+                    child.terminate()
+                    passed = True
+                time.sleep(0.1)
+            code = -told[0] if told and found else found
+    draft = ended.with_suffix(".draft")
+    draft.write_text(str(code))
+    draft.replace(ended)
+
+
+@contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """This process's own environment, with more for a while."""
+    before = {key: os.environ.get(key) for key in env}
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

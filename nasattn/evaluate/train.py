@@ -17,8 +17,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
-from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from nasattn.config import Schedule, TrainerFile

@@ -255,10 +255,10 @@ class SearchSpace:
         return replace(self, max_blocks=len(self.sites)).decode(row)
 
     def _blocks(self, row: Mapping[str, str]) -> int:
-        return sum(
-            row.get(site, NONE) != NONE and row.get(position_of(site) + SUFFIX) != LEFT_OUT
-            for site in self.choices
-        )
+        placed = [site for site in self.choices if row.get(site, NONE) != NONE]
+        if not self.skeleton:
+            return len(placed)
+        return sum(row.get(position_of(site) + SUFFIX) != LEFT_OUT for site in placed)
 
     @cached_property
     def _of_position(self) -> dict[str, list[str]]:

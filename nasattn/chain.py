@@ -188,7 +188,7 @@ class Budget:
         state, left, row = self.chain.start, self.total, Row()
         for depth, step in enumerate(self.chain.steps):
             options = self._ahead(depth, state)
-            weights = [ways(left - units) if units <= left else 0.0 for _, _, units, ways in options]
+            weights = [ways(left - units) if units <= left else 0.0 for *_, units, ways in options]
             if not any(weights):
                 raise ValueError("no row fits the budget")
             row[step.name], state, units, _ = rng.choices(options, weights)[0]

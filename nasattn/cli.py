@@ -78,7 +78,13 @@ def resume(
     """Go on with a study from its database alone: the experiment is stored in it."""
     from nasattn.search.study import load_study
 
-    _search(load_study(storage, study).config, trials, workers)
+    found = load_study(storage, study)
+    if found.complete(trials or found.config.search.trials):
+        found.write_frontier()
+        print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
+        _print_results(found)
+    else:
+        _search(found.config, trials, workers)
 
 
 @app.command()
@@ -316,6 +322,10 @@ def _search(experiment: "Experiment", trials: int | None, workers: int | None) -
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
+    _print_results(study)
+
+
+def _print_results(study: "Study") -> None:
     _print_frontier(study)
     _print_final(study)
     print(f"files: {study.folder}")

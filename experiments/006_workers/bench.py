@@ -10,7 +10,6 @@ fewer than 300 trials), `long` has 17 sites by 11 options (5e17, as in 007_long)
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ class Formula:
 
 
 class Parts:
-    """Where a thread's time goes: seconds by part, each without those of the parts it calls."""
+    """Processor seconds of a thread by part, each without those of the parts that it calls."""
 
     def __init__(self) -> None:
         self.spent: Counter[str] = Counter()
@@ -116,13 +115,13 @@ class Parts:
         inner = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
-            frame = [time.perf_counter(), 0.0]
+            frame = [time.thread_time(), 0.0]
             self._stack.append(frame)
             try:
                 return inner(*args, **options)
             finally:
                 self._stack.pop()
-                whole = time.perf_counter() - frame[0]
+                whole = time.thread_time() - frame[0]
                 self.spent[part] += whole - frame[1]
                 if self._stack:
                     self._stack[-1][1] += whole
@@ -178,12 +177,10 @@ def engine(folder: Path, trials: int, repeats: int, spaces: Sequence[str]) -> No
             f"{space:>10}  wall {statistics.median(wall):5.1f} ms ({min(wall):.1f} to "
             f"{max(wall):.1f}), processor {statistics.median(cpu):5.1f} ms; load {load()}"
         )
-        each = [b - a for a, b in itertools.pairwise(rows)][-20:] if False else [
-            {name: b[name] - a[name] for name in b} for a, b in list(itertools.pairwise(rows))[-20:]
-        ]
+        each = [{k: b[k] - a[k] for k in b} for a, b in itertools.pairwise(rows)][-20:]
         middle = {name: 1e3 * statistics.median(row[name] for row in each) for name in each[-1]}
         told = sorted(middle.items(), key=lambda item: -item[1])
-        print(" " * 10, ", ".join(f"{name} {ms:.1f}" for name, ms in told), "(ms of wall)")
+        print(" " * 10, ", ".join(f"{name} {ms:.1f}" for name, ms in told), "(ms of processor)")
 
 
 # --- several workers
@@ -211,7 +208,7 @@ def scale(url: str, workers: Sequence[int], seconds: float, each: int, before: i
             print(
                 f"{count} workers: {sum(rates):.3f} trials/s, {sum(rates) / count / alone:.1%} of "
                 f"linear ({len(gaps)} trials); between two evaluations median "
-                f"{1e3 * statistics.median(gaps):.0f} ms, 95 % {1e3 * quantile(gaps, 0.95):.0f} ms, "
+                f"{1e3 * statistics.median(gaps):.0f} ms, 95 % {1e3 * quantile(gaps, 0.95):.0f}, "
                 f"processor {1e3 * cpu:.0f} ms; load {load()}",
                 flush=True,
             )
@@ -249,7 +246,9 @@ def run_crew(
     for line in log.read_text().splitlines():
         mark = json.loads(line)
         found[mark["pid"]].append(mark)
-    spent = [b["cpu_began"] - a["cpu_ended"] for by in found.values() for a, b in itertools.pairwise(by)]
+    spent = [
+        b["cpu_began"] - a["cpu_ended"] for by in found.values() for a, b in itertools.pairwise(by)
+    ]
     return found, statistics.median(spent)
 
 

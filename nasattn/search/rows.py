@@ -7,7 +7,7 @@ writes a new one by three statements a parameter; one for all of them leaves the
 
 import json
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ from optuna.distributions import (
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Select, insert, or_, select
+from sqlalchemy import Connection, Select, and_, delete, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 Parts = dict[int, dict[Any, Any]]  # trial id -> its parameters, values or attributes
@@ -68,6 +68,37 @@ class Database(RDBStorage):
             if rows:
                 session.execute(insert(model), [key | row for row in rows])
         return trial
+
+    def tell(
+        self,
+        trial_id: int,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: Sequence[float] = (),
+    ) -> None:
+        """End a trial (or, in the state RUNNING, leave it open) with its values and attributes of
+        the user's, whole or not at all. One that has ended stays as it is."""
+        trial, mark = models.TrialModel.__table__, models.TrialUserAttributeModel
+        ended = {"datetime_complete": datetime.now(UTC).replace(tzinfo=None)}
+        running = and_(trial.c.trial_id == trial_id, trial.c.state == TrialState.RUNNING)
+        change = update(trial).where(running)
+        with self.engine.begin() as connection:
+            # This write comes first: it keeps other writers of the trial out.
+            changed = change.values({"state": state} | (ended if state.is_finished() else {}))
+            if connection.execute(changed).rowcount == 0:
+                return
+            old = and_(mark.trial_id == trial_id, mark.key.in_(attributes))
+            connection.execute(delete(mark).where(old))
+            found = [{"key": k, "value_json": json.dumps(v)} for k, v in attributes.items()]
+            connection.execute(insert(mark), [{"trial_id": trial_id} | row for row in found])
+            row = models.TrialValueModel
+            kept = [row.value_to_stored_repr(value) for value in values]
+            told = [
+                {"trial_id": trial_id, "objective": i, "value": value, "value_type": kind}
+                for i, (value, kind) in enumerate(kept)
+            ]
+            if told:
+                connection.execute(insert(row), told)
 
     def _get_trials(
         self,

@@ -149,8 +149,9 @@ class Study:
         ends = [len(scored) * (part + 1) // parts for part in range(parts)]
         front, volumes = scored[:1], []
         for start, end in itertools.pairwise([0, *ends]):
-            front = self.frontier([*front, *scored[max(1, start) : end]])
-            volumes.append(self.hypervolume([scored[0], *front]) or 0.0)
+            before, front = front, self.frontier([*front, *scored[max(1, start) : end]])
+            same = bool(volumes) and front == before
+            volumes.append(volumes[-1] if same else self.hypervolume([scored[0], *front]) or 0.0)
         return volumes
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:

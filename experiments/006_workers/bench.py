@@ -54,7 +54,7 @@ def experiment(storage: str, space: str) -> Any:
             "storage": storage,
             "space": dict(fields),
             "data": {"name": "cued_digits", "train": 640, "val": 64, "test": 64},
-            "training": {"warm_start": True},
+            "training": {"warm_start": False},
             "budget": budget,
             "search": {"sampler": "frontier", "trials": 300},
         },

@@ -147,7 +147,7 @@ class Study:
             return []
         parts = min(parts, len(scored))
         ends = [len(scored) * (part + 1) // parts for part in range(parts)]
-        front, volumes = scored[:1], []
+        front, volumes = scored[:1], list[float]()
         for start, end in itertools.pairwise([0, *ends]):
             before, front = front, self.frontier([*front, *scored[max(1, start) : end]])
             same = bool(volumes) and front == before

@@ -43,6 +43,9 @@ class _State:
     ended: bool = False
 
 
+_Option = tuple[str, _State, int, Callable[[int], float]]
+
+
 class Chain:
     """The rows of the steps with at most `most` blocks."""
 
@@ -153,6 +156,7 @@ class Budget:
         rounded = floor if lenient else ceil
         shift = 1e-9 if lenient else -1e-9
         self._units = [{k: rounded(v / unit + shift) for k, v in c.items()} for c in added]
+        self._options: dict[tuple[int, _State], list[_Option]] = {}
 
     def _added(self, step: Step) -> dict[str, float]:
         costs = step.costs.get(self.metric) or dict.fromkeys(step.labels, 0)
@@ -181,18 +185,26 @@ class Budget:
 
     def sample(self, rng: random.Random) -> Row:
         """One fitting row, uniformly. ValueError when there is none."""
-        state, spent, row = self.chain.start, 0, Row()
+        state, left, row = self.chain.start, self.total, Row()
         for depth, step in enumerate(self.chain.steps):
-            options = list(self.chain.options(depth, state))
-            after = [spent + self.units(depth, label) for label, _ in options]
-            weights = [
-                self.ways(depth + 1, to, s) for (_, to), s in zip(options, after, strict=True)
-            ]
+            options = self._ahead(depth, state)
+            weights = [ways(left - units) if units <= left else 0.0 for *_, units, ways in options]
             if not any(weights):
                 raise ValueError("no row fits the budget")
-            index = rng.choices(range(len(options)), weights)[0]
-            (row[step.name], state), spent = options[index], after[index]
+            row[step.name], state, units, _ = rng.choices(options, weights)[0]
+            left -= units
         return row
+
+    def _ahead(self, depth: int, state: _State) -> list[_Option]:
+        """The labels that may stand at a step: each with the state behind it, its units, and the
+        ways to go on by the units that are left then."""
+        known = self._options.get((depth, state))
+        if known is None:
+            known = self._options[depth, state] = [
+                (label, to, self.units(depth, label), self._table[depth + 1][to].item)
+                for label, to in self.chain.options(depth, state)
+            ]
+        return known
 
     @cached_property
     def _table(self) -> list[dict[_State, NDArray[Any]]]:

@@ -94,7 +94,13 @@ def resume(
     """Go on with a study from its database alone: the experiment is stored in it."""
     from nasattn.search.study import load_study
 
-    _search(load_study(storage, study).config, trials, workers, launcher, launcher_option)
+    found = load_study(storage, study)
+    if found.complete(trials or found.config.search.trials):
+        found.write_frontier()
+        print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
+        _print_results(found)
+    else:
+        _search(found.config, trials, workers, launcher, launcher_option)
 
 
 @app.command()
@@ -345,6 +351,10 @@ def _search(
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
+    _print_results(study)
+
+
+def _print_results(study: "Study") -> None:
     _print_frontier(study)
     _print_final(study)
     print(f"files: {study.folder}")

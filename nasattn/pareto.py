@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+PAIRS = 100  # at most so many points are compared all with all at once
 
 
 def _points(points: ArrayLike) -> Floats:
@@ -26,6 +27,9 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     Equal points do not dominate each other, so duplicates of a non-dominated point all stay.
     """
     array = _points(points)
+    if len(array) <= PAIRS:
+        worse = np.all(array[:, None] <= array, axis=2)
+        return np.asarray(~np.any(worse & ~worse.T, axis=0))
     mask = np.zeros(len(array), dtype=bool)
     left = np.lexsort(array.T[::-1])
     while len(left):

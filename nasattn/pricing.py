@@ -143,6 +143,10 @@ class Candidates:
     @cached_property
     def listed(self) -> list[dict[str, str]] | None:
         """All of them when they are few, in the space's order; else None."""
+        if not self.limits and self.space.size() > LISTED:
+            return None
+        if len(self.limits) == len(self.budgets) == 1 and self.budgets[0].count > LISTED:
+            return None
         few = list(itertools.islice(self._all(), LISTED + 1))
         return few if len(few) <= LISTED else None
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,10 +68,11 @@ class SearchSpace:
             for block, options in file.blocks.items()
             for values in itertools.product(*options.values())
         ]
+        refusal = cache(_refusal)
         choices: dict[str, tuple[str, ...]] = {}
         dropped: list[tuple[str, str, str]] = []
         for site in sites:
-            refusals = {p.spec: _refusal(p, site.channels) for p in specs}
+            refusals = {p.spec: refusal(p, site.channels) for p in specs}
             choices[site.name] = (NONE, *(spec for spec, why in refusals.items() if not why))
             dropped += [(site.name, spec, why) for spec, why in refusals.items() if why]
         for spec in {p.spec: None for p in specs}:
@@ -255,10 +256,10 @@ class SearchSpace:
         return replace(self, max_blocks=len(self.sites)).decode(row)
 
     def _blocks(self, row: Mapping[str, str]) -> int:
-        return sum(
-            row.get(site, NONE) != NONE and row.get(position_of(site) + SUFFIX) != LEFT_OUT
-            for site in self.choices
-        )
+        placed = [site for site in self.choices if row.get(site, NONE) != NONE]
+        if not self.skeleton:
+            return len(placed)
+        return sum(row.get(position_of(site) + SUFFIX) != LEFT_OUT for site in placed)
 
     @cached_property
     def _of_position(self) -> dict[str, list[str]]:

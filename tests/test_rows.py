@@ -1,11 +1,14 @@
-"""The fast reader gives the trials that Optuna's own reading gives."""
+"""The fast reader gives the trials that Optuna's own reading gives, the writer leaves its rows."""
 
+from datetime import datetime
 from pathlib import Path
 
 import optuna
 import pytest
 from conftest import FakeStudy
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
+from optuna.trial import TrialState, create_trial
 
 from nasattn.architecture import Architecture
 from nasattn.search.rows import Database
@@ -67,6 +70,81 @@ def test_optuna_reads_by_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     study = optuna.load_study(study_name="one", storage=Database(url))
     assert len(study.get_trials(deepcopy=False)) == 5
     assert calls
+
+
+def written(database: RDBStorage) -> list[str]:
+    """Two running trials made from a template, in a study of their own."""
+    up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
+    study = database.create_new_study([up, down])
+    for number in range(2):
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params={"z": "none", "a": number, "b": 0.5},
+            distributions={
+                "z": CategoricalDistribution(["b(c=1)", "none"]),
+                "a": IntDistribution(0, 3),
+                "b": FloatDistribution(0.1, 1.0, log=True),
+            },
+            user_attrs={"facts": {"n": [number, None]}, "empty": {}} if number else {},
+            system_attrs={"constraints": [-1.0]},
+        )
+        trial = database.create_new_trial(study, template)
+        if number:
+            database.set_trial_state_values(trial, TrialState.COMPLETE, [0.25, float("inf")])
+    trials = database.get_all_trials(study)
+    for trial in trials:  # what tells one database's trials from another's
+        trial.datetime_start = trial.datetime_complete = None
+        trial._trial_id = 0
+    return [repr(trial) for trial in trials]
+
+
+def test_as_optuna_writes(tmp_path: Path) -> None:
+    ours, theirs = Database(f"sqlite:///{tmp_path}/a.db"), RDBStorage(f"sqlite:///{tmp_path}/b.db")
+    assert written(ours) == written(theirs)
+    with pytest.raises(ValueError, match="does not support dynamic value space"):
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params={"z": "new"},
+            distributions={"z": CategoricalDistribution(["none", "new"])},
+        )
+        ours.create_new_trial(1, template)
+    assert len(ours.get_all_trials(1)) == 2, "nothing was left of it"
+
+
+def test_optuna_writes_by_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(url)
+    monkeypatch.setattr(
+        RDBStorage, "_set_trial_param_without_commit", lambda *a: pytest.fail("parameter by itself")
+    )
+    study = database.get_study_id_from_name("single")
+    before = database.get_all_trials(study)[0]
+    template = create_trial(
+        state=TrialState.RUNNING, params=before.params, distributions=before.distributions
+    )
+    assert database.create_new_trial(study, template) > 0
+
+
+def test_a_trial_is_told_whole_and_once(url: str) -> None:
+    database = Database(url)
+    study = database.get_study_id_from_name("one")
+    trial = database.create_new_trial(study)
+    read = RDBStorage(url).get_trial
+
+    database.tell(trial, TrialState.RUNNING, {"reason": "memory"})
+    assert read(trial).state is TrialState.RUNNING and read(trial).datetime_complete is None
+    assert read(trial).user_attrs == {"reason": "memory"}
+
+    with pytest.raises(TypeError):
+        database.tell(trial, TrialState.COMPLETE, {"reason": object()}, [1.0, 2.0])
+    assert read(trial).state is TrialState.RUNNING, "all or nothing"
+
+    database.tell(trial, TrialState.COMPLETE, {"reason": "none", "n": [1]}, [1.0, float("inf")])
+    told = read(trial)
+    assert (told.values, told.user_attrs) == ([1.0, float("inf")], {"reason": "none", "n": [1]})
+    assert told.datetime_start <= told.datetime_complete <= datetime.now()
+
+    database.tell(trial, TrialState.FAIL, {"reason": "late"})
+    assert repr(read(trial)) == repr(told)
 
 
 def test_stored_architectures_are_read_as_files_are(fake_study: FakeStudy) -> None:

@@ -7,6 +7,7 @@ Lightning trainings run where the training itself is: kills, failures, weights, 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +398,23 @@ def test_without_a_warm_start_every_candidate_starts_from_scratch(write: Write) 
 def nasattn(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from nasattn.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_resume_of_a_complete_study_prints_it_and_loads_no_torch(write: Write) -> None:
+    path = write()
+    by_formula(path, 3)
+    shutil.rmtree(path.parent / "runs" / "tiny")
+    code = (
+        "import sys; from nasattn.cli import app; app(standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    storage = f"sqlite:///{path.parent}/runs/tiny.db"
+    arguments = ["resume", "--storage", storage, "--study", "tiny"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the study 'tiny' is complete: 3 trials" in done.stdout
+    assert "frontier of tiny" in done.stdout
+    assert (path.parent / "runs" / "tiny" / "frontier.json").exists()
 
 
 @pytest.mark.slow

@@ -250,6 +250,19 @@ def test_a_baseline_that_kills_its_worker_ends_the_search(write: Write) -> None:
     assert rows(by_formula(path, 4)) == rows(whole), "the next command tries it again"
 
 
+def test_a_worker_keeps_no_lease_of_a_trial_that_has_ended(write: Write) -> None:
+    """Else the table would grow with the study, and no other worker could promote the trial."""
+    search, held = searching(write()), list[set[str]]()
+
+    def evaluate(*a: Any, **k: Any) -> Any:
+        held.append({name for name in search.leases.table() if name.startswith("trial:")})
+        return Formula()(*a, **k)
+
+    search.evaluator = with_calls(evaluate)
+    search.run(4)
+    assert held == [{f"trial:{slot}"} for slot in range(4)]
+
+
 def kill_at(engine: Any, statement: int) -> None:
     """Have this process die at its n-th SQL statement."""
     left = [statement]

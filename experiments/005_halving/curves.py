@@ -1,6 +1,7 @@
 """Trains every placement of curves.yaml and writes a row of curves.csv for each training.
 
-    python curves.py [SEEDS] [PART/PARTS]     goes on where it stopped; a kill loses one training
+    python curves.py [SEEDS] [back]           goes on where it stopped; a kill loses one training;
+                                              with `back` from the other end: for a second process
     python curves.py tau                      how well a rung ranks what the last one says
 
 Columns: key and placements of the architecture; repeat, seed; macs, params; rung_E: the annealed
@@ -31,7 +32,7 @@ HERE = Path(__file__).parent
 TABLE = HERE / "curves.csv"
 
 
-def train(seeds: int, part: int, parts: int) -> None:
+def train(seeds: int, step: int) -> None:
     experiment = Experiment.load(HERE / "curves.yaml")
     space = SearchSpace.of(experiment.space)
     data = load(experiment.data, experiment.space.input, experiment.space.classes)
@@ -46,11 +47,11 @@ def train(seeds: int, part: int, parts: int) -> None:
     names += ["full", "seconds", "curve", "placements"]
     if not TABLE.exists():
         TABLE.write_text(",".join(names) + "\n")
-    done = {(row["key"], int(row["repeat"])) for row in rows()}
-    every = [(repeat, a) for repeat in range(seeds) for a in space.enumerate()]
-    todo = [(r, a) for r, a in every[part::parts] if (a.key, r) not in done]
-    start = time.monotonic()
-    for count, (repeat, architecture) in enumerate(todo, 1):
+    every = [(repeat, a) for repeat in range(seeds) for a in list(space.enumerate())[::step]]
+    start, count = time.monotonic(), 0
+    for repeat, architecture in every:
+        if (architecture.key, repeat) in (done := trained()):
+            continue
         seed = derive(experiment.search.seed, architecture.key, repeat)
         score = fit(
             evaluator.start(architecture, seed),
@@ -67,12 +68,19 @@ def train(seeds: int, part: int, parts: int) -> None:
             row += [f"{accuracy:.4f}", epochs]
         row += [rungs[-1], f"{score.seconds:.2f}", " ".join(f"{a:.4f}" for a in score.curve)]
         row += ["; ".join(f"{site}: {spec}" for site, spec in architecture.specs.items())]
-        with TABLE.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
-        left = (time.monotonic() - start) / count * (len(todo) - count)
+        if (architecture.key, repeat) not in trained():  # else the other process was here
+            with TABLE.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+        count += 1
+        left = (time.monotonic() - start) / count * (len(every) - len(done) - 1)
         print(
-            f"{count}/{len(todo)}  seed {repeat}  {score.rungs}  {duration(left)} left", flush=True
+            f"{len(done) + 1}/{len(every)}  seed {repeat}  {score.rungs}  {duration(left)} left",
+            flush=True,
         )
+
+
+def trained() -> set[tuple[str, int]]:
+    return {(row["key"], int(row["repeat"])) for row in rows()}
 
 
 def rows() -> list[dict[str, str]]:
@@ -116,5 +124,4 @@ if __name__ == "__main__":
         tau()
     else:
         seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-        part, _, parts = (sys.argv[2] if len(sys.argv) > 2 else "0/1").partition("/")
-        train(seeds, int(part), int(parts))
+        train(seeds, -1 if sys.argv[2:] == ["back"] else 1)

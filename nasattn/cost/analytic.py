@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -29,6 +31,17 @@ WITH_VECTOR: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten.addmv: _twice_second,
 }
 
+# Not counted, and the input's shape comes out: left out, as each costs milliseconds on meta.
+SILENT = {F.batch_norm, F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid}
+
+
+class Silence(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return args[0] if args and func in SILENT else func(*args, **(kwargs or {}))
+
+
 CONVENTION = "1 multiply-add = 1 MAC; norms, activations, pooling and additions not counted"
 
 
@@ -37,7 +50,7 @@ def macs(module: nn.Module, shape: Sequence[int]) -> int:
     module.eval()
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     counter = FlopCounterMode(display=False, custom_mapping=dict(WITH_VECTOR))
-    with torch.no_grad(), counter:
+    with torch.no_grad(), counter, Silence():
         module(torch.empty(tuple(shape), device="meta", dtype=like.dtype))
     return int(counter.get_total_flops()) // 2
 

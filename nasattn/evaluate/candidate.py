@@ -15,14 +15,29 @@ from torch import Tensor
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment, Schedule
 from nasattn.data import Data, load
+from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import Checkpoints
-from nasattn.evaluate.train import Tick, fit, test, weights_of
 from nasattn.files import Files
 from nasattn.model import build, load_backbone
 from nasattn.record import Score
 from nasattn.seed import derive
 
 Weights = Mapping[str, Tensor]
+
+
+def fit(*arguments: Any, **options: Any) -> Score:
+    """See train.fit. To import Lightning takes as long as all else together, so it is done when the
+    first training begins."""
+    from nasattn.evaluate import train
+
+    return train.fit(*arguments, **options)
+
+
+def test(*arguments: Any, **options: Any) -> float:
+    """See train.test."""
+    from nasattn.evaluate import train
+
+    return train.test(*arguments, **options)
 
 
 class Evaluator:
@@ -224,6 +239,14 @@ class Evaluator:
             return load_file(self._file) if same else None
         except (OSError, SafetensorError):
             return None
+
+
+def weights_of(network: torch.nn.Module) -> Weights:
+    """The state_dict as plain contiguous CPU tensors, ready to be stored."""
+    return {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in network.state_dict().items()
+    }
 
 
 def train_architecture(

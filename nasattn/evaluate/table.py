@@ -9,8 +9,8 @@ from typing import Any
 
 from nasattn.architecture import Architecture
 from nasattn.errors import TrialFailed, UserError
+from nasattn.evaluate import Tick
 from nasattn.evaluate.candidate import Weights
-from nasattn.evaluate.train import Tick
 from nasattn.record import Score
 
 

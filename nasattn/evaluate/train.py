@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
 from nasattn.errors import TrialFailed
+from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import (
     Checkpoints,
     State,
@@ -39,8 +40,6 @@ from nasattn.evaluate.checkpoint import (
 )
 from nasattn.evaluate.classifier import Classifier
 from nasattn.record import Score
-
-Tick = Callable[[float, float | None], None]  # (share of the training done, last accuracy)
 
 # Lightning's advice that does not hold for many short trainings on small data.
 NOISE = (
@@ -343,11 +342,3 @@ def _training(where: TrainerFile) -> Iterator[None]:
             gc.unfreeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def weights_of(network: nn.Module) -> Mapping[str, Tensor]:
-    """The state_dict as plain contiguous CPU tensors, ready to be stored."""
-    return {
-        key: value.detach().to("cpu", copy=True).contiguous()
-        for key, value in network.state_dict().items()
-    }

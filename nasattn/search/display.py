@@ -98,7 +98,6 @@ class Display:
         self.trials: list[Trial] = []
         self.workers: Sequence[Worker] = ()
         self.refused = 0
-        self.volumes: list[float] = []
         self._redrawn = 0.0
 
     def __enter__(self) -> "Display":
@@ -124,7 +123,7 @@ class Display:
 
     def begin(self, study: Study, total: int) -> None:
         self.study, self.total = study, total
-        self._take(study.trials)
+        self.trials = study.trials
         self._draw()
 
     def start(self, task: str) -> None:
@@ -142,8 +141,7 @@ class Display:
 
     def end(self, trial: Trial, trials: list[Trial], refused: int) -> None:
         """A trial has finished; `trials` are all of the study's."""
-        self.refused = refused
-        self._take(trials)
+        self.trials, self.refused = trials, refused
         outcome = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
         if trial.score:
             outcome = f"accuracy {accuracy(trial):.4f}"
@@ -152,20 +150,18 @@ class Display:
             f"macs {trial.cost.values['macs']:,}  {placed(trial.architecture.specs)}"
             + ("" if self.console.is_terminal else f"  [{self.summary()}]")
         )
-        self._draw()
 
     def show(self, workers: Sequence[Worker], trials: list[Trial], refused: int) -> None:
         """How far the study is, and what all of its workers do."""
-        self.workers, self.refused = workers, refused
-        self._take(trials)
+        self.workers, self.trials, self.refused = workers, trials, refused
         self._draw()
 
     def summary(self) -> str:
         """On one line."""
         scored = [accuracy(t) for t in self.trials if t.score]
         parts = [f"best {max(scored):.4f}" if scored else "best -"]
-        if self.volumes:
-            parts.append(f"hypervolume {self.volumes[-1]:.4f}")
+        if self.study and (volume := self.study.hypervolume(self.trials)) is not None:
+            parts.append(f"hypervolume {volume:.4f}")
         parts.append(f"{self.refused} refused over budget or max_blocks")
         for state in ("stopped", "failed"):
             if count := sum(t.state == state for t in self.trials):
@@ -211,8 +207,8 @@ class Display:
         )
         grid.add_row("best", Text(told))
         members = f"{len(front)} trial{'s' if len(front) > 1 else ''}"
-        if self.volumes:
-            members += f"  hypervolume {self.volumes[-1]:.4f}  {sparkline(self.volumes)}"
+        if volumes := self.study.growth(self.trials):
+            members += f"  hypervolume {volumes[-1]:.4f}  {sparkline(volumes)}"
         grid.add_row("frontier", Text(members))
 
     def _add_workers(self, grid: Table) -> None:
@@ -246,11 +242,6 @@ class Display:
         if left <= 0 or not spent or not self.workers:
             return ""
         return f"about {duration(left * sum(spent) / len(spent) / len(self.workers))} left"
-
-    def _take(self, trials: list[Trial]) -> None:
-        assert self.study is not None
-        self.trials = trials
-        self.volumes = self.study.growth(trials)
 
     def _draw(self) -> None:
         self._redrawn = time.monotonic()

@@ -107,13 +107,15 @@ class Watch:
 class Leases:
     """A worker's presence on a study, and what it holds there. Entered, a thread keeps it alive.
 
-    `doing` is what others are shown of this worker; it is written with every beat.
+    `doing` is what others are shown of this worker; it is written with every beat. `ended` are
+    leases that are not needed any more; they are given back with the next turn.
     """
 
     def __init__(self, engine: Engine, study: str, watch: Watch | None = None) -> None:
         self.engine, self.study, self.watch = engine, study, watch or Watch()
         self.me = uuid.uuid4().hex
         self.doing: dict[str, Any] = {}
+        self.ended: set[str] = set()
         self._who = identity()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -164,6 +166,7 @@ class Leases:
 
     def acquire(self, name: str) -> bool:
         """Take a lease that is free, or whose owner is dead; one's own stays one's own."""
+        self.ended.discard(name)
         row = {"study": self.study, "name": name, "owner": self.me, "beat": 0, "facts": "{}"}
         values = [literal(value).label(key) for key, value in row.items()]
         free = select(*values).where(~exists().where(self._of(name=name)))
@@ -209,7 +212,8 @@ class Leases:
         try:
             yield
         finally:
-            self.release(TURN)
+            self.release(TURN, *self.ended)
+            self.ended.clear()
 
     def _show(self, connection: Connection) -> None:
         facts, name = json.dumps(self._who | self.doing), WORKER + self.me
@@ -305,8 +309,3 @@ def _orphaned() -> bool:
     """Whether this process was started by a search that has ended since."""
     parent = os.environ.get(PARENT)
     return parent is not None and os.getppid() != int(parent)
-
-
-PARENT = (
-    "NASATTN_PARENT"  # the environment's variable that names the process which started this one
-)

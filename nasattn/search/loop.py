@@ -174,7 +174,7 @@ class Search:
     def _evaluate(self, slots: Slots, job: Job) -> None:
         """Train a trial's architecture and record how it did."""
         try:
-            score = job.score or self._kept_score(job) or self._train(slots, job)
+            score = self._kept_score(job) or self._train(slots, job)
         except Stopped:
             raise
         except Exception as error:

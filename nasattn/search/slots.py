@@ -29,12 +29,11 @@ MOST_DEATHS = 3  # workers that a trial may take with it without having come any
 @dataclass(frozen=True, slots=True)
 class Job:
     """A trial to evaluate, and Optuna's id of its row. token: tells it from the trial of another
-    database that had the same number. score: of an evaluation that had ended, but was not told."""
+    database that had the same number."""
 
     row: int
     trial: Trial
     token: str
-    score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +89,14 @@ class Slots:
         if not self._mine(job):
             return
         objectives = self._values(job.trial, score.accuracy)
-        with suppress(UpdateFinishedTrialError):
-            if job.score is None:
-                self._storage.set_trial_user_attr(job.row, SCORE, score.as_dict())
-            self._storage.set_trial_state_values(job.row, TrialState.COMPLETE, objectives)
+        self._tell(job, TrialState.COMPLETE, {SCORE: score.as_dict()}, objectives)
 
     def fail(self, job: Job, reason: str, trace: str) -> None:
         """Tell that a trial has failed. The baseline stays open, to be tried again."""
         if not self._mine(job):
             return
-        with suppress(UpdateFinishedTrialError):
-            self._storage.set_trial_user_attr(job.row, REASON, reason)
-            self._storage.set_trial_user_attr(job.row, "traceback", trace)
-            if not job.trial.baseline:
-                self._storage.set_trial_state_values(job.row, TrialState.FAIL)
+        state = TrialState.RUNNING if job.trial.baseline else TrialState.FAIL
+        self._tell(job, state, {REASON: reason, "traceback": trace})
 
     def goes_on(self, job: Job, partial: Score) -> bool:
         """Store a trial's score at a rung; whether it is trained on. If not, it is told so."""
@@ -117,8 +110,7 @@ class Slots:
                 return True
             epochs = self.stopping.rungs[len(partial.rungs) - 1]
             reason = f"stopped at {epochs} epochs with {partial.rungs[-1]:.4f}"
-            self._storage.set_trial_user_attr(job.row, REASON, reason)
-            self._storage.set_trial_state_values(job.row, TrialState.PRUNED)
+            self._tell(job, TrialState.PRUNED, {REASON: reason})
         return False
 
     def checkpoints(self, number: int) -> Path:
@@ -142,9 +134,7 @@ class Slots:
                 if killed and self._died(row, trial):
                     continue
                 self.note(f"going on with what was interrupted: trial {trial.number}")
-                stored = row.user_attrs.get(SCORE)
-                score = Score.from_dict(stored) if stored else None
-                found = Job(row._trial_id, trial, row.user_attrs.get(TOKEN, ""), score)
+                found = Job(row._trial_id, trial, row.user_attrs.get(TOKEN, ""))
         return found, others
 
     def _died(self, row: FrozenTrial, trial: Trial) -> bool:
@@ -245,6 +235,18 @@ class Slots:
         self._storage.set_trial_user_attr(row, VOID, True)
         self._storage.set_trial_state_values(row, TrialState.FAIL)
         return None
+
+    def _tell(
+        self,
+        job: Job,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: Sequence[float] = (),
+    ) -> None:
+        """Write how a trial ended, in one transaction; its lease goes back with the next turn."""
+        self.study.database.tell(job.row, state, attributes, values)
+        if state.is_finished():
+            self.leases.ended.add(trial_lease(job.trial.number))
 
     def _mine(self, job: Job) -> bool:
         return self.leases.holds(trial_lease(job.trial.number))

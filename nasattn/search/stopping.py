@@ -12,7 +12,6 @@ from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau, rankdata
 
 from nasattn.config import Experiment
 from nasattn.pareto import non_dominated
@@ -84,6 +83,8 @@ class ParetoHalving:
     def tau(self, level: int, trials: Sequence[Trial]) -> float:
         """Kendall's rank correlation (tau-b) from a rung to the end, over the scored trials; below
         every number where there is none."""
+        from scipy.stats import kendalltau  # not at the top: half a second, for halving alone
+
         pairs = [(reached(t)[level], t.score.accuracy) for t in trials if t.score]
         tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else -1.0
         return tau if tau == tau else -1.0
@@ -128,6 +129,8 @@ class ParetoHalving:
     def _ranks(self, level: int, trials: Sequence[Trial]) -> NDArray[np.float64]:
         """Ranks from 0, equal for equals: how many trials lie on fronts before one's own, and half
         of those that share it. Within a band all costs count as equal."""
+        from scipy.stats import rankdata
+
         points = np.array([[band, -reached(t)[level]] for band, t in self._banded(trials)])
         fronts = np.zeros(len(points))
         left, front = np.arange(len(points)), 0
@@ -140,6 +143,8 @@ class ParetoHalving:
     def _banded(self, trials: Sequence[Trial]) -> list[tuple[float, Trial]]:
         """Each trial with its band, of about as many trials each; several costs by the mean of
         their ranks."""
+        from scipy.stats import rankdata
+
         ranks = [rankdata([t.cost.values[m] for t in trials]) for m in self.costs]
         dearness = np.array([fmean(r) for r in zip(*ranks, strict=True)])
         count = min(BANDS, max(1, len(trials) // BAND))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
@@ -27,6 +26,8 @@ from nasattn.search.database import checked_url, connect, find_or_create, shown,
 from nasattn.search.final import evaluations, summarise
 from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
 from nasattn.search.lease import Watch, workers
+from nasattn.search.rows import Database
+from nasattn.search.stopping import ParetoHalving
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
@@ -157,10 +158,11 @@ class Study:
             return []
         parts = min(parts, len(scored))
         ends = [len(scored) * (part + 1) // parts for part in range(parts)]
-        front, volumes = scored[:1], []
+        front, volumes = scored[:1], list[float]()
         for start, end in itertools.pairwise([0, *ends]):
-            front = self.frontier([*front, *scored[max(1, start) : end]])
-            volumes.append(self.hypervolume([scored[0], *front]) or 0.0)
+            before, front = front, self.frontier([*front, *scored[max(1, start) : end]])
+            same = bool(volumes) and front == before
+            volumes.append(volumes[-1] if same else self.hypervolume([scored[0], *front]) or 0.0)
         return volumes
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
@@ -189,6 +191,18 @@ class Study:
         raise UserError(
             f"--select: got '{choice}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
         )
+
+    def complete(self, total: int) -> bool:
+        """Whether a search of so many trials would find nothing to do: each is finished, none that
+        was stopped should go on, and the frontier is evaluated again."""
+        trials = self.trials
+        if self.config.search.trials != total or not finished(trials) == len(trials) >= total:
+            return False
+        halving = ParetoHalving.of(self.config)
+        if halving and halving.promotable(trials):
+            return False
+        final = self.final(trials)
+        return final is None or final["done"] == final["evaluations"]
 
     def final(self, trials: Sequence[Trial] | None = None) -> dict[str, Any] | None:
         """What the re-evaluation of the final frontier gave so far, as plain data; None where the
@@ -234,12 +248,16 @@ class Study:
         return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
 
     @property
-    def engine(self) -> Engine:
-        """Of the database."""
+    def database(self) -> Database:
         storage = self.optuna._storage
         backend = getattr(storage, "_backend", storage)  # Optuna wraps it in a cache
-        assert isinstance(backend, RDBStorage)
-        return backend.engine
+        assert isinstance(backend, Database)
+        return backend
+
+    @property
+    def engine(self) -> Engine:
+        """Of the database."""
+        return self.database.engine
 
     def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
         plain = self.facts["plain"]

@@ -202,6 +202,18 @@ def test_it_beats_random_search(axes: int) -> None:
         assert best - found(ours, worst) < 0.5 * (best - found(blind, worst))
 
 
+def test_a_row_dearer_than_all_so_far_can_be_worth_a_trial() -> None:
+    """What the dearest rows cost is known, so the frontier may go on beyond what was tried."""
+    cheap = [dict.fromkeys(SPACE, "none") | {f"site{i}": v} for i in range(SITES) for v in OPTIONS]
+    worst = max(map(cost, cheap))
+    study = study_of(FrontierSampler({1: cost}))
+    study.add_trials(
+        [create_trial(params=p, distributions=SPACE, values=[error(p), cost(p)]) for p in cheap]
+    )
+    study.optimize(objective, n_trials=12)
+    assert max(cost(t.params) for t in study.trials) > 1.2 * worst
+
+
 def test_running_failed_pruned_and_queued_rows_are_not_repeated() -> None:
     study = study_of(FrontierSampler({1: cost}))
     queued = dict.fromkeys(SPACE, "wide")

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,9 @@ DRAWS = 50  # random rows tried for a feasible one before the least infeasible i
 LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
 LEARNED = 300  # rows the model learns from: so many of the frontier's and of all, the latest
 CACHED = 50_000  # costs and constraints remembered
+# The reference point of the hypervolume, in ranges beyond the worst known cost and the worst value
+# seen: an error worse than all so far must count for the cheapest rows to be worth a trial.
+NEAR, FAR = 0.05, 1.0
 PROPOSAL = "nasattn:proposal"  # what a running trial whose parameters are not yet stored will be
 
 
@@ -175,10 +179,7 @@ class FrontierSampler(BaseSampler):
             new = [r for r in new if not space.violation(r)]
             pool.update(zip(new, model.score(new), strict=True) if new else ())
 
-        near = itertools.chain(
-            space.changes(model.members, POOL), (r for _ in range(POOL) if (r := space.sample()))
-        )
-        add(near)
+        add(itertools.chain(space.changes(model.members, POOL), space.drawn))
         for _ in range(CLIMBS):
             best = sorted(pool, key=lambda r: -pool[r])[:CLIMBERS]
             before = len(pool)
@@ -252,6 +253,12 @@ class _Space:
     def costs(self, row: Row) -> tuple[float, ...]:
         return self.sampler.known(self, row)[0]
 
+    @cached_property
+    def drawn(self) -> list[Row]:
+        """Random feasible rows, few where these are rare."""
+        rows = (row for _ in range(POOL) if (row := self.sample()) is not None)
+        return [row for row in rows if not self.violation(row)]
+
     def changes(self, rows: Sequence[Row], most: int) -> Iterator[Row]:
         """One-step changes of the rows: all, or `most` at random."""
         count = len(rows) * len(self.moves)
@@ -262,7 +269,7 @@ class _Space:
 
     def uniform(self) -> Row:
         return tuple(
-            self.fixed.get(i, self.rng.randrange(len(o)))
+            self.fixed.get(i, int(self.rng.random() * len(o)))
             for i, o in enumerate(self.options.values())
         )
 
@@ -376,10 +383,15 @@ class _Model:
             front = front[non_dominated(front)]
         order = [*self.known, *self.unknown]
         self.front = front[:, order]
-        self.reference = np.array([_reference(points[:, i]) for i in order])
+        costs = np.vstack([points[:, self.known], self._costs(space.drawn)])
+        self.reference = np.array(
+            [_reference(column, NEAR) for column in costs.T]
+            + [_reference(points[:, i], FAR) for i in self.unknown]
+        )
 
     def _costs(self, rows: Sequence[Row]) -> Floats:
-        return np.array([self.space.costs(r) for r in rows]) * self.signs[self.known]
+        costs = np.array([self.space.costs(r) for r in rows]).reshape(len(rows), len(self.known))
+        return np.asarray(costs * self.signs[self.known])
 
     def _inputs(self, rows: Sequence[Row], costs: Floats) -> Inputs:
         options, counts = self.space.encoded(rows)
@@ -395,12 +407,12 @@ class _Model:
         return scores
 
 
-def _reference(values: Floats) -> float:
-    """The worst value and a little more; outliers far beyond the middle of the values count as
-    less, or nothing but being better than them would matter."""
+def _reference(values: Floats, beyond: float) -> float:
+    """The worst value and `beyond` ranges more; outliers far beyond the middle of the values count
+    as less, or nothing but being better than them would matter."""
     low, middle, worst = values.min(), np.median(values), values.max()
     worst = min(worst, middle + 20 * (middle - low)) if middle > low else worst
-    return float(worst + 0.05 * ((worst - low) or 1.0))
+    return float(worst + beyond * ((worst - low) or 1.0))
 
 
 def _sign(direction: StudyDirection) -> int:

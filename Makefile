@@ -15,8 +15,11 @@ setup: .venv/ready
 quickstart: setup
 	.venv/bin/nasattn search experiments/001_quickstart/experiment.yaml
 
+# The slow tests, which CI runs too: make test PYTEST=
+PYTEST ?= -m "not slow"
+
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(PYTEST)
 
 lint: setup
 	.venv/bin/ruff check .

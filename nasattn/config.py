@@ -308,13 +308,15 @@ class Experiment(Strict):
     @model_validator(mode="before")
     @classmethod
     def _pretrain_as_training(cls, fields: Any) -> Any:
-        """What `pretrain` leaves out is as in `training`."""
+        """What `pretrain` leaves out is as in `training`, but for the rate of blocks that are put
+        into a trained network: from scratch all learn alike."""
         if not isinstance(fields, dict):
             return fields
         training, pretrain = fields.get("training", {}), fields.get("pretrain", {})
         if not isinstance(training, dict) or not isinstance(pretrain, dict):
             return fields
-        shared = {k: v for k, v in training.items() if k in Schedule.model_fields}
+        own = set(Schedule.model_fields) - {"block_lr"}
+        shared = {k: v for k, v in training.items() if k in own}
         return fields | {"pretrain": shared | pretrain}
 
     @field_validator("latency", mode="before")

@@ -105,6 +105,10 @@ def test_pretrain_is_as_training_where_it_is_silent(folder: Path) -> None:
     assert (pretrain.epochs, pretrain.lr, pretrain.optimizer) == (3, 0.005, "adamw")
     (folder / "e.yaml").write_text(EXPERIMENT.replace("pretrain: {epochs: 3}\n", ""))
     assert Experiment.load(folder / "e.yaml").pretrain.epochs == 2
+    quick = EXPERIMENT.replace("  epochs: 2", "  epochs: 2\n  block_lr: 10.0")
+    (folder / "e.yaml").write_text(quick)
+    found = Experiment.load(folder / "e.yaml")
+    assert (found.training.block_lr, found.pretrain.block_lr) == (10.0, 1.0)
 
 
 # What is changed in EXPERIMENT, the place of the one mistake, and what its message says.

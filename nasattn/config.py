@@ -470,7 +470,7 @@ def artifacts_url(url: str, folder: str | Path = ".") -> str:
     if not url.strip() or (scheme and not bucket) or (bucket and "/../" in f"{url}/"):
         raise ValueError(
             f"got '{url}'; allowed: a folder, s3://bucket/prefix or gs://bucket/prefix"
-            + (suggest(scheme[0], ("s3", "gs")) if scheme else "")
+            + (suggest(scheme[0], ("s3", "gs")) if scheme and scheme[0] not in ("s3", "gs") else "")
         )
     return url.rstrip("/") if bucket else str(Path(folder, url).resolve())
 

@@ -23,6 +23,9 @@ class Files:
         else:
             path.unlink(missing_ok=True)
 
+    def forget(self) -> None:
+        """Know of nothing elsewhere any more; what lies there stays there."""
+
     def elsewhere(self) -> Mapping[Path, int]:
         """What lies elsewhere, by its place on this disk, with its size in bytes: files, but the
         folder of a training as one."""

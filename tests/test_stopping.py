@@ -130,10 +130,9 @@ def test_a_failed_probe_tells_nothing() -> None:
 
 def test_what_is_dominated_even_with_the_greatest_gain_is_hopeless() -> None:
     first = probed()  # each gains 0.2 from the first rung on; the best ends at 0.37
-    assert HALVING.hopeless(trial(8, 100, 0.16), 0, first)
-    assert not HALVING.hopeless(trial(8, 100, 0.18), 0, first)
-    assert not HALVING.hopeless(trial(8, 99, 0.16), 0, first), "it is cheaper"
-    assert not HALVING.hopeless(trial(8, 100, 0.16), 0, first[1:]), "too few have ended"
+    some = [trial(8, 100, 0.16), trial(9, 100, 0.18), trial(10, 99, 0.16)]
+    assert HALVING.hopeless(some, 0, first) == {8}, "9 may come to more, 10 is cheaper"
+    assert HALVING.hopeless(some, 0, first[1:]) == set(), "too few have ended"
 
 
 def test_the_highest_rung_is_promoted_first_and_of_it_the_best() -> None:
@@ -146,9 +145,10 @@ def test_the_highest_rung_is_promoted_first_and_of_it_the_best() -> None:
 
 
 def test_samplers_see_a_stopped_trial_as_it_would_have_ended() -> None:
-    trials = [*probed(), trial(8, 100, 0.5), trial(9, 100, 0.4, 0.95), trial(10, 100, 0.5)]
+    trials = [*probed(), trial(8, 100, 0.5), trial(9, 100, 0.4, 0.95), trial(10, 100)]
+    trials += [trial(11, 100, 0.6, state="running")]
     trials[10] = replace(trials[10], state="running")
-    assert HALVING.believed(trials) == pytest.approx({8: 0.7, 9: 1.0})
+    assert HALVING.believed(trials) == pytest.approx({8: 0.7, 9: 1.0, 11: 0.8})
 
 
 # --- on the table of experiments/005_halving
@@ -186,6 +186,7 @@ def test_a_search_that_halves_trains_less_and_by_the_rule(halved: Study) -> None
     assert len(trials) == TRIALS and set(states) == {"scored", "stopped"}
     assert halved.summary()["epochs"] < 0.85 * TRIALS * halving.rungs[-1]
     assert halving.promotable(trials) is None, "nothing is left that should go on"
+    assert len(halved.optuna.get_trials()) > TRIALS, "a promoted trial has a row more"
     assert all("stopped at" in t.reason for t in trials if t.state == "stopped")
     table = TableEvaluator(TABLE)
     for t in trials:  # each has the accuracies of its row, as far as it came
@@ -223,6 +224,49 @@ def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) ->
     assert died >= 4
     study = searching(tmp_path / "torn", sampler="random").run(TRIALS)
     assert told(study.trials) == told(halved.trials)
+
+
+def test_two_workers_halve_one_study(tmp_path: Path) -> None:
+    searching(tmp_path, sampler="random")  # the study is there before they begin
+    crew = [forked(lambda: searching(tmp_path, sampler="random").run(TRIALS)) for _ in range(2)]
+    for worker in crew:
+        worker.join()
+    assert [worker.exitcode for worker in crew] == [0, 0]
+    study = searching(tmp_path, sampler="random").study
+    assert len({t.architecture.key for t in study.trials}) == len(study.trials) == TRIALS
+    assert {t.state for t in study.trials} == {"scored", "stopped"}
+    assert study.complete(TRIALS), "nobody is left who should go on"
+
+
+def test_small_populations_keep_parents_that_were_promoted(tmp_path: Path) -> None:
+    study = searching(tmp_path, sampler="nsga2", population=2).run(TRIALS)
+    assert len(study.trials) == TRIALS and len(study.optuna.get_trials()) > TRIALS
+
+
+def test_a_trial_goes_on_when_all_slots_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real trainings: a process that only promotes needs the plain backbone, too."""
+    fields = yaml.safe_load((FOLDER / "curves.yaml").read_text())
+    fields["space"] = str(ROOT / "search_spaces/cued_digits.yaml")
+    fields["data"] |= {"train": 256, "val": 64, "test": 64}
+    fields["training"] |= {"epochs": 2, "epoch_steps": 1}
+    fields["pretrain"] |= {"epochs": 1, "epoch_steps": 1}
+    fields["search"] = {"stopping": "pareto_halving", "rungs": [1, 2], "eta": 1.1}
+    path, count = tmp_path / "experiment.yaml", PROBES[0] + 2
+    path.write_text(yaml.safe_dump(fields))
+
+    def run() -> Study:
+        return Search(Experiment.load(path), Display(Console(quiet=True))).run(count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParetoHalving, "promotable", lambda *_: None)
+        patch.setattr(ParetoHalving, "probes", lambda *_: (PROBES[0], [True]))
+        patch.setattr(ParetoHalving, "goes_on", lambda self, t, ts: t.number < PROBES[0])
+        states = [t.state for t in run().trials]
+    assert states == ["scored"] * PROBES[0] + ["stopped"] * 2
+    monkeypatch.setattr(ParetoHalving, "probes", lambda *_: (PROBES[0], [False]))
+    assert [t.state for t in run().trials] == ["scored"] * count
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

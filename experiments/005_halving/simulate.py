@@ -156,7 +156,8 @@ def main(runs: int, eta: float | None) -> None:
         counts = Counter(int(row["repeat"]) for row in csv.DictReader(file))
     repeats = [r for r, count in sorted(counts.items()) if count == max(counts.values())]
     tables = [Table(r, [o for o in repeats if o != r]) for r in repeats]
-    print(f"seeds {repeats} of {max(counts.values())} placements; {runs} runs, eta {eta or 3:g}")
+    shown = eta or tables[0].experiment.search.eta
+    print(f"seeds {repeats} of {max(counts.values())} placements; {runs} runs, eta {shown:g}")
     rows = [simulate(tables[run % len(tables)], run, eta) for run in range(runs)]
     for name in rows[0]:
         found = [row[name] for row in rows]

@@ -196,6 +196,10 @@ class Shelf(Files):
         _origin(path).unlink(missing_ok=True)
         self._do(lambda: self._drop(self._name(path)), must, f"{path} cannot be dropped")
 
+    def forget(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(delete(TABLE).where(TABLE.c.study == self.study))
+
     def elsewhere(self) -> Mapping[Path, int]:
         sizes: dict[Path, int] = {}
         for row in patiently(self._rows, self.note):
@@ -223,8 +227,8 @@ class Shelf(Files):
             self._seen[name] = row.id
             if row.id in (_came_of(path), lost):
                 break
-            content = self.store.read(row.id)
-            if content is not None and hashlib.sha256(content).hexdigest() == row.digest:
+            content = self._content(row)
+            if content is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, content)
                 _write(_origin(path), row.id.encode())
@@ -241,7 +245,8 @@ class Shelf(Files):
         content, row = path.read_bytes(), self._row(name)
         digest, old = hashlib.sha256(content).hexdigest(), row.id if row else ""
         if row and row.digest == digest:
-            return self._published(path, row.id)
+            if _came_of(path) == row.id or self._content(row) is not None:
+                return self._published(path, row.id)
         if self._seen.get(name, old) != old:
             return  # another worker has taken over what this one was at
         values = {"study": self.study, "path": f"{UPLOADS}/{id}", "id": id, "digest": digest}
@@ -261,6 +266,12 @@ class Shelf(Files):
         if old:
             with suppress(StoreAway, SQLAlchemyError):  # else `nasattn gc` removes it
                 self._remove(old)
+
+    def _content(self, row: Row[Any]) -> bytes | None:
+        """Of a row's object; None when it is damaged or gone."""
+        content = self.store.read(row.id)
+        same = content is not None and hashlib.sha256(content).hexdigest() == row.digest
+        return content if same else None
 
     def _published(self, path: Path, id: str) -> None:
         self._seen[self._name(path)] = id

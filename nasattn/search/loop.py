@@ -15,7 +15,7 @@ from nasattn.data import Data, load
 from nasattn.errors import Stopped, TrialFailed, reason
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.pricing import Candidates, Pricing
-from nasattn.record import FINISHED, Score, Trial
+from nasattn.record import Score, Trial
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
@@ -83,8 +83,8 @@ class Search:
             total = self.plan(total)
             if finished(self.study.trials) < total:
                 self.announce(total)
-                self.display.begin(self.study, total)
                 self._have_backbone()
+            self.display.begin(self.study, total)
             self._work(total)
             Retraining(self.study, self.data, self.display, self.leases).run()
         return self.study
@@ -102,6 +102,8 @@ class Search:
         experiment["search"] = {**experiment["search"], "trials": total}
         given = self.experiment.as_dict()
         experiment |= {key: given[key] for key in ("artifacts", "final")}
+        if experiment["artifacts"] != facts["experiment"].get("artifacts"):
+            self.study.files.forget()  # what lies in another store is not in this one
         if experiment != facts["experiment"]:
             self.study.optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
             self.study.refresh()
@@ -166,6 +168,7 @@ class Search:
                 time.sleep(WAIT)
                 continue
             waits, ended = False, turn.job.trial.number
+            self._have_backbone()  # which a trial that goes on needs too, when all slots are taken
             self._evaluate(slots, turn.job)
 
     def _turn(self, slots: Slots, total: int) -> Turn:
@@ -273,13 +276,12 @@ class Search:
 
     def _sweep(self, trials: list[Trial]) -> None:
         """Delete what will not be asked for again: a trial that left the frontier never returns to
-        it. A trial that is not finished keeps all it has: it may be another worker's. What is kept
+        it. A trial that is running, or may go on, keeps all it has. What is kept
         and was not published, as the study had no store then, is now."""
         kept = {0} | {t.number for t in self.study.frontier(trials)}
-        done = {t.number for t in trials if t.state in FINISHED}
         weights, checkpoints = weights_file(self.study, 0).parent, self.study.folder / "checkpoints"
         ended = {t.number for t in trials if t.state in ("scored", "failed")}
-        over = {weights: done - kept, checkpoints: ended}
+        over = {weights: ended - kept, checkpoints: ended}
         files, shared = self.study.files, self.study.files.elsewhere()
         for path in {*weights.glob("*.safetensors"), *checkpoints.glob("*"), *shared}:
             if path.parent not in over or not path.stem.isdecimal():

@@ -130,8 +130,10 @@ class RayProcess:
 
         try:
             found = self.ray.get(waited)
-        except ActorUnavailableError:
-            found = (None, b"")  # the network, for a moment
+        except ActorUnavailableError:  # the network, for a moment
+            if self._begun:
+                return None
+            found = (None, b"")
         except RayActorError:
             return self._end(-signal.SIGKILL)
         except RayTaskError as error:

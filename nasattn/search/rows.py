@@ -90,7 +90,8 @@ class Database(RDBStorage):
             old = and_(mark.trial_id == trial_id, mark.key.in_(attributes))
             connection.execute(delete(mark).where(old))
             found = [{"key": k, "value_json": json.dumps(v)} for k, v in attributes.items()]
-            connection.execute(insert(mark), [{"trial_id": trial_id} | row for row in found])
+            if found:
+                connection.execute(insert(mark), [{"trial_id": trial_id} | row for row in found])
             row = models.TrialValueModel
             kept = [row.value_to_stored_repr(value) for value in values]
             told = [

@@ -23,6 +23,7 @@ from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, VOID, Study, claim, read_trial
 
 DEATHS, TOKEN = "deaths", "token"
+FIRST = "first"  # of a promoted trial: Optuna's id of the first of its rows
 MOST_DEATHS = 3  # workers that a trial may take with it without having come any further
 
 
@@ -166,7 +167,9 @@ class Slots:
         if trial is None or not self.leases.acquire(trial_lease(trial.number)):
             return None
         old = rows[trial.number]
-        attributes = {k: v for k, v in old.user_attrs.items() if k in (FACTS, PARTIAL, TOKEN)}
+        kept = (FACTS, PARTIAL, TOKEN, FIRST)
+        attributes = {k: v for k, v in old.user_attrs.items() if k in kept}
+        attributes.setdefault(FIRST, old._trial_id)
         return self._written(old.params, old.distributions, attributes, old.system_attrs)
 
     def _fresh(
@@ -198,13 +201,18 @@ class Slots:
     def _believed(
         self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]
     ) -> Sequence[FrozenTrial]:
-        """The rows as samplers should see them, which learn from whole trials only: a stopped one
-        as it is believed to have ended."""
-        believed = self.stopping.believed(trials) if self.stopping else {}
-        shown = list(rows)
-        for number, accuracy in believed.items():
-            shown[number] = row = copy.copy(rows[number])
-            row.state, row.values = TrialState.COMPLETE, self._values(trials[number], accuracy)
+        """The rows as samplers should see them, which learn from whole trials only: what was not
+        trained to the end as it is believed to end. A promoted trial goes by the id of its first
+        row, by which NSGA-II remembers parents."""
+        if self.stopping is None:
+            return rows
+        believed = self.stopping.believed(trials)
+        shown = [copy.copy(row) for row in rows]
+        for row, trial in zip(shown, trials, strict=True):
+            row._trial_id = row.user_attrs.get(FIRST, row._trial_id)
+            if trial.number in believed:
+                row.state = TrialState.COMPLETE
+                row.values = self._values(trial, believed[trial.number])
         return shown
 
     def _values(self, trial: Trial, accuracy: float) -> list[float]:

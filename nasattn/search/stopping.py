@@ -64,8 +64,9 @@ class ParetoHalving:
         ranks = self._ranks(level, here)
         order = np.argsort(ranks, kind="stable")
         best = [here[i] for i in order if ranks[i] < len(here) / self.eta]
-        hopeful = [t for t in best if t.number >= probes and not self.hopeless(t, level, trials)]
-        return first + hopeful
+        later = [t for t in best if t.number >= probes]
+        lost = self.hopeless(later, level, trials)
+        return first + [t for t in later if t.number not in lost]
 
     def probes(self, trials: Sequence[Trial]) -> tuple[int, list[bool] | None]:
         """How many of the first trials are trained to the end whatever they show, and which rungs
@@ -89,25 +90,30 @@ class ParetoHalving:
         tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else -1.0
         return tau if tau == tau else -1.0
 
-    def hopeless(self, trial: Trial, level: int, trials: Sequence[Trial]) -> bool:
-        """Whether a scored trial that costs no more is better than this one could be at its end,
-        had it the greatest gain that any trial had from this rung on."""
+    def hopeless(self, some: Sequence[Trial], level: int, trials: Sequence[Trial]) -> set[int]:
+        """The numbers of those to whom a scored trial that costs no more is superior even if they
+        had the greatest gain that any trial had from this rung to its end."""
         gains = self._gains(level, trials)
         if len(gains) < PROBES[0]:
-            return False
-        cost, end = trial.cost.values, reached(trial)[level] + max(gains)
-        return any(
-            t.score.accuracy > end and all(t.cost.values[m] <= cost[m] for m in self.costs)
-            for t in trials
-            if t.score
-        )
+            return set()
+        ended = [(t.score.accuracy, self._cost(t)) for t in trials if t.score]
+        accuracies = np.array([accuracy for accuracy, _ in ended])
+        costs = np.array([cost for _, cost in ended])
+        return {
+            t.number
+            for t in some
+            if np.any(
+                (accuracies > reached(t)[level] + max(gains))
+                & np.all(costs <= self._cost(t), axis=1)
+            )
+        }
 
     def believed(self, trials: Sequence[Trial]) -> dict[int, float]:
-        """Of each stopped trial, by number: the accuracy that it would have had, by the usual gain
-        from its rung on."""
+        """Of each trial that has come to a rung and not to the end, by number: the accuracy that it
+        would have there, by the usual gain from its rung on."""
         usual = [median(self._gains(k, trials) or [0.0]) for k in range(len(self.rungs))]
-        stopped = [(t, reached(t)) for t in trials if t.state == "stopped" and reached(t)]
-        return {t.number: min(1.0, rungs[-1] + usual[len(rungs) - 1]) for t, rungs in stopped}
+        partial = [(t, reached(t)) for t in trials if t.state in ("stopped", "running")]
+        return {t.number: min(1.0, r[-1] + usual[len(r) - 1]) for t, r in partial if r}
 
     def notes(self, trials: Sequence[Trial]) -> list[str]:
         """What the probes have shown, for people."""
@@ -121,6 +127,9 @@ class ParetoHalving:
             verdict = f"one in {self.eta:g} goes on" if trusted[level] else "it stops nobody"
             told.append(f"  rung of {rung} epochs: Kendall's tau {tau:.2f}: {verdict}")
         return told
+
+    def _cost(self, trial: Trial) -> list[float]:
+        return [trial.cost.values[m] for m in self.costs]
 
     def _gains(self, level: int, trials: Sequence[Trial]) -> list[float]:
         """From a rung to the end, of the scored trials."""

@@ -198,11 +198,15 @@ class Study:
         trials = self.trials
         if self.config.search.trials != total or not finished(trials) == len(trials) >= total:
             return False
-        halving = ParetoHalving.of(self.config)
-        if halving and halving.promotable(trials):
+        if self.promotable(trials):
             return False
         final = self.final(trials)
         return final is None or final["done"] == final["evaluations"]
+
+    def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:
+        """The stopped trial that should go on next."""
+        halving = ParetoHalving.of(self.config)
+        return halving.promotable(trials or self.trials) if halving else None
 
     def final(self, trials: Sequence[Trial] | None = None) -> dict[str, Any] | None:
         """What the re-evaluation of the final frontier gave so far, as plain data; None where the

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from nasattn.config import Experiment
@@ -68,7 +69,8 @@ class Crew:
     def dismiss(self) -> None:
         """End all: cleanly, and after a while at once."""
         for process in self.processes.values():
-            process.terminate()
+            with suppress(Exception):  # one that cannot be told must not keep the others
+                process.terminate()
         deadline = time.monotonic() + FAREWELL
         try:
             while time.monotonic() < deadline and self._any():
@@ -174,4 +176,4 @@ def _over(study: Study, total: int) -> bool:
     """Whether nothing is left to do, of the trials and of the `final`."""
     final = study.final()
     done = final is None or final["done"] == final["evaluations"]
-    return done and finished(study.trials) >= total
+    return done and finished(study.trials) >= total and not study.promotable()

@@ -275,6 +275,29 @@ def test_an_object_that_is_damaged_or_gone_is_passed_over(tmp_path: Path, said: 
     assert there.read_text() == "again"
 
 
+def test_an_object_that_is_gone_is_stored_again(tmp_path: Path, said: list[str]) -> None:
+    """A training that was repeated has the same bits as what the index names."""
+    a, b, c = (shelf(str(tmp_path / "store"), tmp_path / name, said) for name in "abc")
+    paths = [each.folder / "weights/1.safetensors" for each in (a, b, c)]
+    a.publish(put(paths[0], "whole"))
+    next((tmp_path / "store").iterdir()).unlink()
+    b.fetch(paths[1])
+    b.publish(put(paths[1], "whole"), must=True)
+    c.fetch(paths[2])
+    assert paths[2].read_text() == "whole"
+
+
+def test_another_store_has_nothing_of_the_first(tmp_path: Path, said: list[str]) -> None:
+    a = shelf(str(tmp_path / "one"), tmp_path / "a", said)
+    path = put(a.folder / "weights/1.safetensors", "whole")
+    a.publish(path)
+    moved = shelf(str(tmp_path / "other"), tmp_path / "a", said)
+    moved.forget()
+    assert moved.elsewhere() == {}
+    moved.publish(path)
+    assert path in moved.elsewhere() and len(list((tmp_path / "other").iterdir())) == 1
+
+
 def test_a_torn_upload_is_never_seen(tmp_path: Path, said: list[str]) -> None:
     """Killed at each of its SQL statements, and in the middle of the object."""
     url = str(tmp_path / "store")

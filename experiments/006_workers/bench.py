@@ -186,7 +186,9 @@ def engine(folder: Path, trials: int, repeats: int, spaces: Sequence[str]) -> No
 # --- several workers
 
 
-def scale(url: str, workers: Sequence[int], seconds: float, each: int, before: int) -> None:
+def scale(
+    url: str, space: str, workers: Sequence[int], seconds: float, each: int, before: int
+) -> None:
     """One study, in which each number of workers goes on, so that the most of them have the most
     rows to read; its first trials are made by one worker without pauses."""
     import shutil
@@ -196,10 +198,10 @@ def scale(url: str, workers: Sequence[int], seconds: float, each: int, before: i
     os.chdir(folder)
     total, alone = before, None
     try:
-        run_crew(url, 1, 0.0, total, folder)
+        run_crew(url, space, 1, 0.0, total, folder)
         for count in workers:
             total += each * count
-            log, cpu = run_crew(url, count, seconds, total, folder)
+            log, cpu = run_crew(url, space, count, seconds, total, folder)
             rates, found = [], [by for by in log.values() if len(by) > 1]
             for by in found:
                 rates.append((len(by) - 1) / (by[-1]["ended"] - by[0]["ended"]))
@@ -217,7 +219,7 @@ def scale(url: str, workers: Sequence[int], seconds: float, each: int, before: i
 
 
 def run_crew(
-    url: str, count: int, seconds: float, total: int, folder: Path
+    url: str, space: str, count: int, seconds: float, total: int, folder: Path
 ) -> tuple[dict[int, list[dict[str, float]]], float]:
     """Each worker's evaluations in order, and a worker's median processor seconds between two."""
     from rich.console import Console
@@ -232,7 +234,7 @@ def run_crew(
 
     log = folder / f"{count}-{total}"
     os.environ |= {LOG: str(log), CREW: str(count), "BENCH_SECONDS": str(seconds)}
-    settings = experiment(url, "long")
+    settings = experiment(url, space)
     with open(os.devnull, "w") as nowhere:
         display = Display(Console(file=nowhere))
         if count == 1:  # as a search with one worker is: in this process
@@ -288,6 +290,7 @@ def main() -> None:
     part.add_argument("--spaces", nargs="+", default=["quickstart", "long"])
     part = what.add_parser("scale")
     part.add_argument("url")
+    part.add_argument("--space", choices=("quickstart", "long"), default="quickstart")
     part.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     part.add_argument("--seconds", type=float, default=1.0, help="of an evaluation")
     part.add_argument("--each", type=int, default=20, help="trials a worker")
@@ -300,7 +303,7 @@ def main() -> None:
     if args.what == "engine":
         engine(args.folder, args.trials, args.repeats, args.spaces)
     elif args.what == "scale":
-        scale(args.url, args.workers, args.seconds, args.each, args.before)
+        scale(args.url, args.space, args.workers, args.seconds, args.each, args.before)
     else:
         from rich.console import Console
 

@@ -29,6 +29,7 @@ from nasattn.evaluate.train import Tick
 from nasattn.pricing import Pricing
 from nasattn.record import Score
 from nasattn.search import lease, loop, outage, workers
+from nasattn.search import stopping as halving
 from nasattn.search.display import Display
 from nasattn.search.lease import Lease, Leases, Watch
 from nasattn.search.study import connect
@@ -433,7 +434,9 @@ def test_a_study_in_memory_is_refused(write: Write) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopping", ["none", "pareto_halving"])
-def test_kills_within_real_trainings_lose_nothing(write: Write, stopping: str) -> None:
+def test_kills_within_real_trainings_lose_nothing(
+    write: Write, monkeypatch: pytest.MonkeyPatch, stopping: str
+) -> None:
     """At least twenty kills at steps of Lightning trainings, of the backbone's and of trials', some
     of which are stopped at a rung and promoted."""
     data = {"name": "cued_digits", "train": 192, "val": 64, "test": 64}
@@ -441,6 +444,7 @@ def test_kills_within_real_trainings_lose_nothing(write: Write, stopping: str) -
     training |= {"ema": 0.9}
     options: dict[str, Any] = {"data": data, "training": training}
     if stopping != "none":
+        monkeypatch.setattr(halving, "TRUSTED", -1.0)  # 64 images order nothing
         training |= {"epochs": 3, "schedule": "wsd"}
         options["search"] = {"stopping": stopping, "rungs": [1, 3]}
     whole, path, trials = searching(write("whole", **options)).run(18), write("torn", **options), 18

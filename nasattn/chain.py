@@ -6,7 +6,9 @@ out). Costs add up over the steps, so the number of ways to finish within what i
 is a table, and a uniform draw walks along it: a tight budget costs no rejected draws.
 """
 
+import itertools
 import random
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -189,9 +191,11 @@ class Budget:
         for depth, step in enumerate(self.chain.steps):
             options = self._ahead(depth, state)
             weights = [ways(left - units) if units <= left else 0.0 for *_, units, ways in options]
-            if not any(weights):
+            sums = list(itertools.accumulate(weights))
+            if not sums[-1]:
                 raise ValueError("no row fits the budget")
-            row[step.name], state, units, _ = rng.choices(options, weights)[0]
+            chosen = bisect(sums, rng.random() * sums[-1], hi=len(sums) - 1)
+            row[step.name], state, units, _ = options[chosen]
             left -= units
         return row
 

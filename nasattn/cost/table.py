@@ -5,7 +5,7 @@ That is checked on a network that holds a block at every site when the table is 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Self
 
@@ -25,15 +25,19 @@ class CostTable:
 
     plain: Values
     entries: Mapping[tuple[str, str], Values]
+    _added: Mapping[str, Mapping[tuple[str, str], int | float]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        # By metric: a search prices a thousand rows a proposal.
+        added = {m: {item: v[m] for item, v in self.entries.items()} for m in self.plain}
+        object.__setattr__(self, "_added", added)
 
     def __call__(self, specs: Mapping[str, str]) -> Values:
         """The cost of a row: site -> spec, `none` included or left out."""
-        total = dict(self.plain)
-        for item in specs.items():
-            if item[1] != NONE:
-                for metric, value in self.entries[item].items():
-                    total[metric] += value
-        return total
+        items = [item for item in specs.items() if item[1] != NONE]
+        return {m: sum(map(self._added[m].__getitem__, items), v) for m, v in self.plain.items()}
 
     def joined(self, other: "CostTable") -> "CostTable":
         """Both tables' metrics in one; the other has an entry for each of this one's."""

@@ -14,11 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optuna.artifacts import Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore
-from optuna.artifacts._protocol import ArtifactStore
-from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import ExperimentalWarning
 from sqlalchemy import (
     BigInteger,
@@ -46,6 +43,10 @@ from nasattn.search.lease import create_table
 from nasattn.search.outage import StoreAway, cause, full, patiently
 from nasattn.search.study import Study, make_folder
 
+# optuna.artifacts loads every cloud's client that is installed: only where a store is used.
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
 ANSWERS = 10  # seconds in which S3 must accept a connection
 # Where the rows of objects stand that are no file: not yet whole, or replaced, or dropped.
 UPLOADS = "uploads"
@@ -69,12 +70,15 @@ class Store:
     and beyond these `patiently` asks again.
     """
 
-    def __init__(self, url: str, backend: ArtifactStore, prefix: str = "") -> None:
+    def __init__(self, url: str, backend: "ArtifactStore", prefix: str = "") -> None:
+        from optuna.artifacts.exceptions import ArtifactNotFound
+
         self.url, self.backend, self.prefix = url, backend, prefix
+        self.missing = ArtifactNotFound
 
     def read(self, id: str) -> bytes | None:
         """None: there is no such object."""
-        with self._answering(), suppress(ArtifactNotFound):
+        with self._answering(), suppress(self.missing):
             with self.backend.open_reader(self.prefix + id) as source:
                 return source.read()
         return None
@@ -85,7 +89,7 @@ class Store:
 
     def remove(self, id: str) -> None:
         """An object that is not there is well removed."""
-        with self._answering(), suppress(ArtifactNotFound):
+        with self._answering(), suppress(self.missing):
             try:
                 self.backend.remove(self.prefix + id)
             except Exception as error:
@@ -124,6 +128,8 @@ def open_store(url: str | None) -> Store | None:
         return None
     scheme, separator, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
+    from optuna.artifacts import FileSystemArtifactStore, GCSArtifactStore
+
     try:
         if not separator:
             make_folder(Path(url))
@@ -147,10 +153,11 @@ def open_store(url: str | None) -> Store | None:
     return store
 
 
-def _s3(bucket: str) -> ArtifactStore:
+def _s3(bucket: str) -> "ArtifactStore":
     """Endpoint, region and credentials as boto3 finds them: in the environment, its files, ..."""
     import boto3
     from botocore.config import Config
+    from optuna.artifacts import Boto3ArtifactStore
 
     return Boto3ArtifactStore(bucket, boto3.client("s3", config=Config(connect_timeout=ANSWERS)))
 

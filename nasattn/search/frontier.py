@@ -237,9 +237,10 @@ class _Space:
 
     def row(self, params: Params) -> Row | None:
         """None when a parameter is missing or has another value than the options."""
-        found = (ix.get((type(params.get(n)), params.get(n))) for n, ix in self._index.items())
-        row = tuple(i for i in found if i is not None)
-        return row if len(row) == len(self.options) else None
+        try:
+            return tuple([ix[type(v := params[n]), v] for n, ix in self._index.items()])
+        except KeyError:
+            return None
 
     def encoded(self, rows: Sequence[Row]) -> tuple[Floats, Floats]:
         """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""
@@ -337,7 +338,8 @@ class _Rows:
         for other in study.get_trials(deepcopy=False):
             if other.number == trial.number:
                 continue
-            row = space.row(other.system_attrs.get("fixed_params", {}) | other.params)
+            fixed = other.system_attrs.get("fixed_params")
+            row = space.row(fixed | other.params if fixed else other.params)
             if row is None and other.state is TrialState.RUNNING:
                 proposal = other.system_attrs.get(PROPOSAL, ())
                 row = tuple(proposal) if len(proposal) == len(space.options) else None

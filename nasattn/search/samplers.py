@@ -25,6 +25,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nasattn.config import Search
+from nasattn.cost.table import Values, excess
 from nasattn.pricing import Candidates, Key
 from nasattn.search.frontier import Exhausted, FrontierSampler
 from nasattn.seed import derive
@@ -48,16 +49,23 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
     """The known costs are the table's; feasible are the rows that fit, in canonical form."""
     candidates = gate.candidates
     pricing, space = candidates.pricing, candidates.space
+    last: tuple[dict[str, str], Values] | None = None  # one row is asked of several times in turn
+
+    def price(row: dict[str, str]) -> Values:
+        nonlocal last
+        if last is None or last[0] is not row:
+            last = row, pricing(row)
+        return last[1]
 
     def priced(metric: str) -> Callable[[dict[str, str]], float]:
-        return lambda row: pricing(row)[metric]
+        return lambda row: price(row)[metric]
 
     objectives = enumerate(gate.objectives)
     costs = {index: priced(metric) for index, metric in objectives if metric != "accuracy"}
 
     def excluded(row: dict[str, str]) -> float:
-        canonical = space.canonical(row) == row
-        return 0.0 if canonical and space.sparse(row) and candidates.fits(row) else 1.0
+        canonical = space.canonical(row) == row and space.sparse(row)
+        return 0.0 if canonical and not excess(price(row), candidates.limits) else 1.0
 
     def draw(rng: random.Random) -> dict[str, str]:
         if candidates.listed is not None:
@@ -78,6 +86,7 @@ class Gate(BaseSampler):
         self.search: Search = search
         self.objectives = objectives
         self.slot = 0
+        self._kept: FrontierSampler | None = None  # for the costs it remembers
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -94,7 +103,9 @@ class Gate(BaseSampler):
         seen = seen_rows(study, search_space)
         seed = derive(self.search.seed, self.slot)
         rng = random.Random(seed)
-        inner = SAMPLERS[self.search.sampler](self, seed)
+        inner = self._kept or SAMPLERS[self.search.sampler](self, seed)
+        if isinstance(inner, FrontierSampler):
+            self._kept, inner.seed = inner, seed
         if isinstance(inner, BaseGASampler):
             # Asked here first, as its first answer for a generation lists the parents in another
             # order than its later ones.

@@ -2,13 +2,13 @@
 hypervolume, both exact. All objectives are minimised. numpy and scipy only.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 from scipy.special import ndtr
 
 Floats = NDArray[np.float64]
@@ -96,13 +96,14 @@ def _squared(a: Floats, b: Floats) -> Floats:
 class Process:
     """A Gaussian process of log(value - floor) over parameters and their known costs.
 
-    Its kernel is the mean of three: exp(-p * share of parameters that differ), exp(-p * distance of
+    Its kernel is the mean of three: exp(-P * share of parameters that differ), exp(-P * distance of
     how often each option is taken), whatever the parameter, and, weighted by `a`, a radial function
-    of the costs. p, a and the noise have the greatest marginal likelihood on a small grid.
+    of the costs. `a` and the noise have the greatest marginal likelihood on a small grid. P and
+    WIDTH are the same for every study: chosen on so few trials, they were no better.
     """
 
-    P, A, NOISE = (0.7, 1.5, 3.0, 6.0), (0.1, 1.0), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
-    WIDTH, MARGIN = 0.3, 0.3
+    P, WIDTH, MARGIN = 1.5, 0.6, 0.3
+    A, NOISE = (0.1, 1.0), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
     def __init__(self, inputs: Inputs, values: Floats) -> None:
         self.inputs = inputs
@@ -126,7 +127,7 @@ class Process:
         return log_normal(mean, std, self.floor)
 
     def _moments(self, inputs: Inputs) -> tuple[Floats, Floats]:
-        across = _kernel(inputs.distances(self.inputs), self.p, self.a)
+        across = _kernel(inputs.distances(self.inputs), self.a)
         mean = self.mean + across @ self.weights
         explained = ((across @ self.half) ** 2).sum(axis=1)
         variance = np.maximum(1.0 - explained, 1e-6) * max(self.scale, 1e-8)
@@ -138,26 +139,26 @@ class Process:
         distances = few.distances(few)
         noise = np.array(self.NOISE)[:, None]
         best = math.inf
-        for p, a in itertools.product(self.P, self.A):
-            values, vectors = np.linalg.eigh(_kernel(distances, p, a))
+        for a in self.A:
+            values, vectors = np.linalg.eigh(_kernel(distances, a))
             values = np.maximum(values, 0.0) + noise
             scale = ((vectors.T @ target) ** 2 / values).mean(axis=1)
             loss = len(target) * np.log(scale + 1e-12) + np.log(values).sum(axis=1)
             if (least := float(loss.min())) < best:
                 best, i = least, int(loss.argmin())
-                self.p, self.a, self.noise, self.scale = p, a, self.NOISE[i], float(scale[i])
+                self.a, self.noise, self.scale = a, self.NOISE[i], float(scale[i])
 
     def _condition(self) -> None:
-        kernel = _kernel(self.inputs.distances(self.inputs), self.p, self.a)
+        kernel = _kernel(self.inputs.distances(self.inputs), self.a)
         lower = np.linalg.cholesky(kernel + self.noise * np.eye(len(kernel)))
-        self.half = np.linalg.inv(lower).T
+        self.half = solve_triangular(lower, np.eye(len(lower)), lower=True).T
         self.weights = self.half @ (self.half.T @ (self.targets - self.mean))
 
 
-def _kernel(distances: tuple[Floats, Floats, Floats], p: float, a: float) -> Floats:
+def _kernel(distances: tuple[Floats, Floats, Floats], a: float) -> Floats:
     """(n, k), one where all distances are zero."""
     differ, counts, costs = distances
-    near = np.exp(-p * differ) + np.exp(-p * counts)
+    near = np.exp(-Process.P * differ) + np.exp(-Process.P * counts)
     return np.asarray((near + a * np.exp(-0.5 * costs / Process.WIDTH**2)) / (2 + a))
 
 

@@ -18,7 +18,7 @@ from nasattn.pareto import non_dominated as slow_non_dominated
 from nasattn.search import frontier
 from nasattn.search.frontier import LEARNED, START
 from nasattn.search.samplers import Exhausted, FrontierSampler
-from nasattn.search.surrogate import Process, expected_growth, log_normal, non_dominated
+from nasattn.search.surrogate import Process, Undominated, log_normal, non_dominated
 
 Params = dict[str, Any]
 SITES, OPTIONS = 6, ("none", "small", "wide", "deep")
@@ -135,13 +135,13 @@ def test_expected_growth_is_what_simulation_finds(axes: int, unknown: int) -> No
         means = rng.uniform(0.1, 0.6, axes)
         stds = np.array([0.0] * (axes - unknown) + [0.15] * unknown)
         shortfalls = [gaussian(m, s) for m, s in zip(means, stds, strict=True)]
-        exact = expected_growth(shortfalls, front, reference)
+        exact = Undominated(front, reference).growth(shortfalls)
         assert exact[0] == pytest.approx(
             simulated(means, stds, front, reference), rel=0.1, abs=4e-3
         )
         certain = [gaussian(m, 0.0) for m in means]
         growth = hypervolume([*front, means], reference) - hypervolume(front, reference)
-        assert expected_growth(certain, front, reference)[0] == pytest.approx(growth, abs=1e-9)
+        assert Undominated(front, reference).growth(certain)[0] == pytest.approx(growth, abs=1e-9)
 
 
 def test_log_normal_shortfall_is_its_integral() -> None:

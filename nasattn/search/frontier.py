@@ -25,8 +25,8 @@ from nasattn.search.surrogate import (
     Inputs,
     Process,
     Shortfall,
+    Undominated,
     exactly,
-    expected_growth,
     non_dominated,
 )
 from nasattn.seed import derive
@@ -384,12 +384,12 @@ class _Model:
             front = np.vstack([front, believed])
             front = front[non_dominated(front)]
         order = [*self.known, *self.unknown]
-        self.front = front[:, order]
         costs = np.vstack([points[:, self.known], self._costs(space.drawn)])
-        self.reference = np.array(
+        reference = np.array(
             [_reference(column, NEAR) for column in costs.T]
             + [_reference(points[:, i], FAR) for i in self.unknown]
         )
+        self.undominated = Undominated(front[:, order], reference)
 
     def _costs(self, rows: Sequence[Row]) -> Floats:
         costs = np.array([self.space.costs(r) for r in rows]).reshape(len(rows), len(self.known))
@@ -405,7 +405,7 @@ class _Model:
         inputs = self._inputs(rows, costs)
         shortfalls: list[Shortfall] = [exactly(column) for column in costs.T]
         shortfalls += [process.predict(inputs) for process in self.processes]
-        scores: list[float] = expected_growth(shortfalls, self.front, self.reference).tolist()
+        scores: list[float] = self.undominated.growth(shortfalls).tolist()
         return scores
 
 

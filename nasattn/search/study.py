@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import ArrayLike
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
@@ -140,6 +142,24 @@ class Study:
         baseline = next((t for t in trials if t.baseline and t.score), None)
         if baseline is None:
             return None
+        return self._share(self._points([t for t in trials if t.score]), baseline)
+
+    def growth(self, trials: Sequence[Trial], parts: int = 24) -> list[float]:
+        """The hypervolume after each of so many equal parts of the scored trials."""
+        scored = [t for t in trials if t.score]
+        if not scored or not scored[0].baseline:
+            return []
+        points = np.array(self._points(scored))
+        parts = min(parts, len(scored))
+        ends = [len(scored) * (part + 1) // parts for part in range(parts)]
+        front, volumes = points[:0], list[float]()
+        for start, end in itertools.pairwise([0, *ends]):
+            front = np.vstack([front, points[start:end]])
+            front = front[non_dominated(front)]
+            volumes.append(self._share(front, scored[0]))
+        return volumes
+
+    def _share(self, points: ArrayLike, baseline: Trial) -> float:
         costs = [
             (self.facts["cheapest"][m], max(self.facts["reference"][m], self.facts["cheapest"][m]))
             for m in self.config.costs
@@ -148,22 +168,7 @@ class Study:
         for low, high in costs:
             box *= high - low
         reference = [-accuracy(baseline), *(high for _, high in costs)]
-        points = self._points([t for t in trials if t.score])
         return hypervolume(points, reference) / box if box > 0 else 0.0
-
-    def growth(self, trials: Sequence[Trial], parts: int = 24) -> list[float]:
-        """The hypervolume after each of so many equal parts of the scored trials."""
-        scored = [t for t in trials if t.score]
-        if not scored or not scored[0].baseline:
-            return []
-        parts = min(parts, len(scored))
-        ends = [len(scored) * (part + 1) // parts for part in range(parts)]
-        front, volumes = scored[:1], list[float]()
-        for start, end in itertools.pairwise([0, *ends]):
-            before, front = front, self.frontier([*front, *scored[max(1, start) : end]])
-            same = bool(volumes) and front == before
-            volumes.append(volumes[-1] if same else self.hypervolume([scored[0], *front]) or 0.0)
-        return volumes
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most."""
@@ -192,16 +197,20 @@ class Study:
             f"--select: got '{choice}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
         )
 
-    def complete(self, total: int) -> bool:
-        """Whether a search of so many trials would find nothing to do: each is finished, none that
-        was stopped should go on, and the frontier is evaluated again."""
-        trials = self.trials
-        if self.config.search.trials != total or not finished(trials) == len(trials) >= total:
-            return False
-        if self.promotable(trials):
+    def over(self, total: int, trials: Sequence[Trial] | None = None) -> bool:
+        """Whether nothing is left to do, of so many trials and of the `final`."""
+        trials = self.trials if trials is None else trials
+        if finished(trials) < total or self.promotable(trials):
             return False
         final = self.final(trials)
         return final is None or final["done"] == final["evaluations"]
+
+    def complete(self, total: int) -> bool:
+        """Whether a search of so many trials would change nothing: it is over, no trial waits, and
+        it is told to have as many already."""
+        trials = self.trials
+        told = self.config.search.trials == total
+        return told and finished(trials) == len(trials) and self.over(total, trials)
 
     def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:
         """The stopped trial that should go on next."""

@@ -27,32 +27,39 @@ def non_dominated(points: Floats) -> NDArray[np.int64]:
     return np.array(sorted(front), dtype=np.int64)
 
 
-def expected_growth(shortfalls: Sequence[Shortfall], front: Floats, reference: Floats) -> Floats:
-    """How much volume each of n candidates is expected to add to what the front (k, m) dominates
-    below the reference (m,), exactly: (n,).
+class Undominated:
+    """The volume below the reference (m,) that a front (k, m) does not dominate, cut into boxes."""
 
-    Each axis is given by the expected shortfall E[max(0, t - Y)] of the candidates' values below a
-    threshold; axes are independent. The volume not yet dominated is cut into boxes, whose share in
-    the growth is the product over the axes of the differences of shortfalls.
-    """
-    front = front[np.all(front < reference, axis=1)]
-    if len(reference) == 1:
-        best = min(front[:, 0], default=reference[0])
-        return np.asarray(shortfalls[0](np.array([best]))[0])
-    front = front[np.argsort(front[:, -1], kind="stable")]
-    edges = shortfalls[-1](np.append(front[:, -1], reference[-1]))
-    slabs = np.diff(edges, axis=0, prepend=0.0)
-    if len(reference) == 2:
-        heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
-        return np.asarray((slabs * shortfalls[0](heights)).sum(axis=0))
-    return sum(
-        (
-            slab * expected_growth(shortfalls[:-1], _thinned(front[:k, :-1]), reference[:-1])
-            for k, slab in enumerate(slabs)
-            if slab.any()
-        ),
-        start=np.zeros(slabs.shape[1]),
-    )
+    def __init__(self, front: Floats, reference: Floats) -> None:
+        front = front[np.all(front < reference, axis=1)]
+        front = front[np.argsort(front[:, -1], kind="stable")]
+        self.edges = np.append(front[:, -1], reference[-1])
+        self.heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
+        self.axes, self.slabs = len(reference), list[Undominated]()
+        if self.axes > 2:
+            fronts = (_thinned(front[:k, :-1]) for k in range(len(self.edges)))
+            self.slabs = [Undominated(below, reference[:-1]) for below in fronts]
+
+    def growth(self, shortfalls: Sequence[Shortfall]) -> Floats:
+        """How much of it each of n candidates is expected to take, exactly: (n,).
+
+        Each axis is given by the expected shortfall E[max(0, t - Y)] of the candidates' values
+        below a threshold; axes are independent. A box's share is the product over the axes of the
+        differences of shortfalls.
+        """
+        if self.axes == 1:
+            return np.asarray(shortfalls[0](self.edges[:1])[0])
+        parts = np.diff(shortfalls[-1](self.edges), axis=0, prepend=0.0)
+        if self.axes == 2:
+            return np.asarray((parts * shortfalls[0](self.heights)).sum(axis=0))
+        return sum(
+            (
+                part * slab.growth(shortfalls[:-1])
+                for part, slab in zip(parts, self.slabs, strict=True)
+                if part.any()
+            ),
+            start=np.zeros(parts.shape[1]),
+        )
 
 
 def _thinned(points: Floats) -> Floats:

@@ -141,7 +141,7 @@ def search_with(
     search = Search(experiment, display)
     study = search.study
     total = search.plan(total)
-    if _over(study, total):
+    if study.over(total):
         return search.run(total)
     if finished(study.trials) < total:
         search.announce(total, count)
@@ -153,7 +153,7 @@ def search_with(
             while True:
                 working = crew.tend(finished(display.trials))
                 try:
-                    idle = not follower.look() and _over(study, total)
+                    idle = not follower.look() and study.over(total)
                     rest = rest - LOOK if idle else REST
                     away = False
                 except Exception as error:
@@ -170,10 +170,3 @@ def search_with(
     if away or (finished(study.trials) < total and crew.last_words):
         raise Stopped(crew.last_words or "the database does not answer")
     return study
-
-
-def _over(study: Study, total: int) -> bool:
-    """Whether nothing is left to do, of the trials and of the `final`."""
-    final = study.final()
-    done = final is None or final["done"] == final["evaluations"]
-    return done and finished(study.trials) >= total and not study.promotable()

@@ -12,7 +12,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil, floor, gcd
+from math import ceil, floor, gcd, isfinite
 from typing import Any
 
 import numpy as np
@@ -191,9 +191,11 @@ class Budget:
         for depth, step in enumerate(self.chain.steps):
             options = self._ahead(depth, state)
             weights = [ways(left - units) if units <= left else 0.0 for *_, units, ways in options]
-            sums = list(itertools.accumulate(weights))
-            if not sums[-1]:
+            if not any(weights):
                 raise ValueError("no row fits the budget")
+            sums = list(itertools.accumulate(weights))
+            if not isfinite(sums[-1]):
+                raise ValueError("too many rows to be drawn uniformly")
             chosen = bisect(sums, rng.random() * sums[-1], hi=len(sums) - 1)
             row[step.name], state, units, _ = options[chosen]
             left -= units

@@ -6,7 +6,8 @@ That is checked on a network that holds a block at every site when the table is 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, reduce
+from operator import add
 from typing import Self
 
 import torch
@@ -21,7 +22,8 @@ Values = dict[str, int | float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostTable:
-    """plain: metric -> the backbone's own. entries: (site, spec) -> metric -> what a block adds."""
+    """plain: metric -> the backbone's own. entries: (site, spec) -> what a block adds, for each of
+    plain's metrics."""
 
     plain: Values
     entries: Mapping[tuple[str, str], Values]
@@ -37,7 +39,10 @@ class CostTable:
     def __call__(self, specs: Mapping[str, str]) -> Values:
         """The cost of a row: site -> spec, `none` included or left out."""
         items = [item for item in specs.items() if item[1] != NONE]
-        return {m: sum(map(self._added[m].__getitem__, items), v) for m, v in self.plain.items()}
+        # Not sum: of floats it gives other last digits from Python 3.12 on.
+        return {
+            m: reduce(add, map(self._added[m].__getitem__, items), v) for m, v in self.plain.items()
+        }
 
     def joined(self, other: "CostTable") -> "CostTable":
         """Both tables' metrics in one; the other has an entry for each of this one's."""

@@ -74,11 +74,11 @@ class Store:
         from optuna.artifacts.exceptions import ArtifactNotFound
 
         self.url, self.backend, self.prefix = url, backend, prefix
-        self.missing = ArtifactNotFound
+        self._missing = ArtifactNotFound
 
     def read(self, id: str) -> bytes | None:
         """None: there is no such object."""
-        with self._answering(), suppress(self.missing):
+        with self._answering(), suppress(self._missing):
             with self.backend.open_reader(self.prefix + id) as source:
                 return source.read()
         return None
@@ -89,7 +89,7 @@ class Store:
 
     def remove(self, id: str) -> None:
         """An object that is not there is well removed."""
-        with self._answering(), suppress(self.missing):
+        with self._answering(), suppress(self._missing):
             try:
                 self.backend.remove(self.prefix + id)
             except Exception as error:
@@ -128,9 +128,9 @@ def open_store(url: str | None) -> Store | None:
         return None
     scheme, separator, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
-    from optuna.artifacts import FileSystemArtifactStore, GCSArtifactStore
-
     try:
+        from optuna.artifacts import FileSystemArtifactStore, GCSArtifactStore
+
         if not separator:
             make_folder(Path(url))
             backend: ArtifactStore = FileSystemArtifactStore(url)

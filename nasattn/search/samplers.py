@@ -86,7 +86,8 @@ class Gate(BaseSampler):
         self.search: Search = search
         self.objectives = objectives
         self.slot = 0
-        self._kept: FrontierSampler | None = None  # for the costs it remembers
+        # For the costs it remembers; its proposals follow from `seed`, which is set before each.
+        self._kept: FrontierSampler | None = None
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial

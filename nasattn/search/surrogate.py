@@ -35,10 +35,10 @@ class Undominated:
         front = front[np.argsort(front[:, -1], kind="stable")]
         self.edges = np.append(front[:, -1], reference[-1])
         self.heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
-        self.axes, self.slabs = len(reference), list[Undominated]()
-        if self.axes > 2:
-            fronts = (_thinned(front[:k, :-1]) for k in range(len(self.edges)))
-            self.slabs = [Undominated(below, reference[:-1]) for below in fronts]
+        self.axes, self.slabs = len(reference), dict[int, Undominated]()
+        if self.axes > 2:  # k: the slab that ends at edge k, open to the members below it
+            for k in np.flatnonzero(np.diff(self.edges, prepend=-np.inf)).tolist():
+                self.slabs[k] = Undominated(_thinned(front[:k, :-1]), reference[:-1])
 
     def growth(self, shortfalls: Sequence[Shortfall]) -> Floats:
         """How much of it each of n candidates is expected to take, exactly: (n,).
@@ -54,9 +54,9 @@ class Undominated:
             return np.asarray((parts * shortfalls[0](self.heights)).sum(axis=0))
         return sum(
             (
-                part * slab.growth(shortfalls[:-1])
-                for part, slab in zip(parts, self.slabs, strict=True)
-                if part.any()
+                parts[k] * slab.growth(shortfalls[:-1])
+                for k, slab in self.slabs.items()
+                if parts[k].any()
             ),
             start=np.zeros(parts.shape[1]),
         )
@@ -106,7 +106,7 @@ class Process:
     Its kernel is the mean of three: exp(-P * share of parameters that differ), exp(-P * distance of
     how often each option is taken), whatever the parameter, and, weighted by `a`, a radial function
     of the costs. `a` and the noise have the greatest marginal likelihood on a small grid. P and
-    WIDTH are the same for every study: chosen on so few trials, they were no better.
+    WIDTH are fixed: a P chosen anew on so few trials was no better (experiments/004_samplers).
     """
 
     P, WIDTH, MARGIN = 1.5, 0.6, 0.3

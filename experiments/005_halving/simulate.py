@@ -161,7 +161,11 @@ def main(runs: int, eta: float | None) -> None:
     rows = [simulate(tables[run % len(tables)], run, eta) for run in range(runs)]
     for name in rows[0]:
         found = [row[name] for row in rows]
-        print(f"{name.rstrip():30}  {median(found):.3f}  ({min(found):.3f} to {max(found):.3f})")
+        short = sum(value < SHARES[-1] for value in found)
+        told = f", {short} below {SHARES[-1]}" if name.startswith("hypervolume") else ""
+        never = found.count(float("inf"))
+        told += f", {never} never" if never else ""
+        print(f"{name:30}  {median(found):.3f}  ({min(found):.3f} to {max(found):.3f}){told}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 All is the search as users run it (`search_with`, its processes, sampler `frontier`) but for the
 evaluator, for which a formula stands that sleeps. Spaces: `quickstart` is that of
 search_spaces/cued_digits.yaml with up to four blocks (2,401 architectures; the file's own 241 are
-fewer than 300 trials), `long` has 17 sites by 11 options (5e17, as in 007_long).
+fewer than 300 trials), `long` search_spaces/mobilenet_v2.yaml (17 sites by 11 options, 5e17).
 """
 
 import argparse
@@ -23,31 +23,19 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+SPACES = HERE.parents[2] / "search_spaces"
 LOG, CREW = "BENCH_LOG", "BENCH_CREW"  # variables: a worker's log, and how many workers there are
-LONG = {
-    "backbone": {"name": "mobilenet_v2", "stem_stride": 1},
-    "input": [1, 32, 64],
-    "classes": 10,
-    "sites": ["stage*.*"],
-    "blocks": {
-        "lightnl": {"ratio": [0.125, 0.25], "stride": [1, 2]},
-        "gcnet": {"ratio": [0.125, 0.25]},
-        "se": {"ratio": [0.125, 0.25]},
-        "eca": {},
-        "ccnet": {},
-    },
-}
 
 
 def experiment(storage: str, space: str) -> Any:
     from nasattn.config import Experiment
     from nasattn.document import load_yaml
 
-    fields: Mapping[str, Any] = LONG
+    file = "cued_digits" if space == "quickstart" else "mobilenet_v2"
+    fields: Mapping[str, Any] = load_yaml(SPACES / f"{file}.yaml")[0]
     budget = {"macs": "1.25x"}
     if space == "quickstart":
-        file = HERE.parents[2] / "search_spaces" / "cued_digits.yaml"
-        fields, budget = {**load_yaml(file)[0], "max_blocks": 4}, {"macs": "1.25x", "params": "60k"}
+        fields, budget = {**fields, "max_blocks": 4}, {**budget, "params": "60k"}
     return Experiment.from_dict(
         {
             "study": f"bench-{space}",

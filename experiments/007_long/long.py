@@ -5,7 +5,7 @@
     python long.py loop runs/long.db [--trials 20]      of the first proposal, of each trial
     python long.py grow runs/long.db                    of a new block taken up by the study
 
-17 sites by 11 options (MobileNetV2 on 32x64 maps, about 5e17 architectures), budget 1.25x. The rows
+search_spaces/mobilenet_v2.yaml (17 sites by 11 options, 5e17 architectures), budget 1.25x. The rows
 are those that a search writes, but for their accuracy, which a formula gives.
 """
 
@@ -29,23 +29,12 @@ from sqlalchemy import insert
 
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment
+from nasattn.document import load_yaml
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score
 from nasattn.space import SearchSpace
 
-SPACE = {
-    "backbone": {"name": "mobilenet_v2", "stem_stride": 1},
-    "input": [1, 32, 64],
-    "classes": 10,
-    "sites": ["stage*.*"],
-    "blocks": {
-        "lightnl": {"ratio": [0.125, 0.25], "stride": [1, 2]},
-        "gcnet": {"ratio": [0.125, 0.25]},
-        "se": {"ratio": [0.125, 0.25]},
-        "eca": {},
-        "ccnet": {},
-    },
-}
+SPACE = load_yaml(Path(__file__).resolve().parents[2] / "search_spaces" / "mobilenet_v2.yaml")[0]
 
 
 def experiment(database: Path, study: str, space: Mapping[str, Any] = SPACE) -> Experiment:

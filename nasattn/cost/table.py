@@ -84,20 +84,17 @@ class CostTable:
         choices: Mapping[str, tuple[str, ...]],
         decode: Callable[[Mapping[str, str]], Architecture],
     ) -> None:
-        """Each entry once, together with others, in a whole network that is counted."""
+        """In a whole network that is counted: each site has another label in its turn."""
         labels: dict[str, list[str]] = {site: [] for site in choices}
         for name, label in self.entries:
             labels.setdefault(name, []).append(label)
-        rounds = max((len(of_site) for of_site in labels.values()), default=0)
-        for turn in range(rounds):
-            # Left-out blocks are last: turning backwards at an offset mixes them with kept ones.
-            row = {name: of[-1 - turn % len(of)] for name, of in labels.items() if of}
-            row = {n: v for n, v in row.items() if row.get(f"{position_of(n)}{SUFFIX}") != LEFT_OUT}
-            whole = _whole(decode(row))
-            if whole != self(row):
-                raise AssertionError(
-                    f"costs do not add up for {row}: the network has {whole}, the table {self(row)}"
-                )
+        row = {name: of[turn % len(of)] for turn, (name, of) in enumerate(labels.items()) if of}
+        row = {n: v for n, v in row.items() if row.get(f"{position_of(n)}{SUFFIX}") != LEFT_OUT}
+        whole = _whole(decode(row))
+        if whole != self(row):
+            raise AssertionError(
+                f"costs do not add up for {row}: the network has {whole}, the table {self(row)}"
+            )
 
 
 def _variants(skeleton: Skeleton, plain: Architecture) -> dict[tuple[str, str], Values]:

@@ -6,9 +6,7 @@ out). Costs add up over the steps, so the number of ways to finish within what i
 is a table, and a uniform draw walks along it: a tight budget costs no rejected draws.
 """
 
-import itertools
 import random
-from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -189,15 +187,19 @@ class Budget:
         """One fitting row, uniformly. ValueError when there is none."""
         state, left, row = self.chain.start, self.total, Row()
         for depth, step in enumerate(self.chain.steps):
-            options = self._ahead(depth, state)
-            weights = [ways(left - units) if units <= left else 0.0 for *_, units, ways in options]
-            if not any(weights):
+            count = self.ways(depth, state, self.total - left)
+            if not count:
                 raise ValueError("no row fits the budget")
-            sums = list(itertools.accumulate(weights))
-            if not isfinite(sums[-1]):
+            if not isfinite(count):
                 raise ValueError("too many rows to be drawn uniformly")
-            chosen = bisect(sums, rng.random() * sums[-1], hi=len(sums) - 1)
-            row[step.name], state, units, _ = options[chosen]
+            drawn, passed = rng.random() * count, 0.0
+            for label, after, units, ways in self._ahead(depth, state):
+                if units <= left:
+                    passed += ways(left - units)
+                    chosen = label, after, units
+                    if drawn < passed:
+                        break
+            row[step.name], state, units = chosen
             left -= units
         return row
 

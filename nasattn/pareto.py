@@ -61,8 +61,9 @@ def _volume(array: Floats, limit: Floats) -> float:
         return 0.0
     if len(limit) == 1:
         return float(limit[0] - array.min())
-    array = np.unique(array[non_dominated(array)], axis=0)
+    array = array[non_dominated(array)]
     if len(limit) == 2:  # sorted by the first axis, a front falls along the second
+        array = array[np.argsort(array[:, 0], kind="stable")]
         right = np.append(array[1:, 0], limit[0])
         return float(np.sum((right - array[:, 0]) * (limit[1] - array[:, 1])))
     array = array[np.argsort(array[:, -1], kind="stable")]

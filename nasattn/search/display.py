@@ -23,6 +23,7 @@ from nasattn.search.study import Study, accuracy, finished
 
 BARS = "▁▂▃▄▅▆▇█"
 FAILURES = 4  # that the panel names
+REDRAW = 0.2  # seconds between two drawings of the panel
 
 
 def duration(seconds: float) -> str:
@@ -131,13 +132,12 @@ class Display:
         self.workers = [Worker(task=task)]
         if not self.console.is_terminal:
             self.note(f"{task} ...")
-        self._draw()
+        self._draw(at_once=False)
 
     def tick(self, share: float, accuracy: float | None) -> None:
         """A share of the running training is done."""
         self.workers = [Worker(task=self.task, share=share, accuracy=accuracy)]
-        if time.monotonic() - self._redrawn > 0.2 or share >= 1:
-            self._draw()
+        self._draw(at_once=share >= 1)
 
     def end(self, trial: Trial, trials: list[Trial], refused: int) -> None:
         """A trial has finished; `trials` are all of the study's."""
@@ -243,7 +243,11 @@ class Display:
             return ""
         return f"about {duration(left * sum(spent) / len(spent) / len(self.workers))} left"
 
-    def _draw(self) -> None:
-        self._redrawn = time.monotonic()
+    def _draw(self, at_once: bool = True) -> None:
+        """at_once: even if the panel was drawn a moment ago, as no later event may follow."""
+        now = time.monotonic()
+        if not at_once and now - self._redrawn < REDRAW:
+            return
+        self._redrawn = now
         if self.console.is_terminal and self.study is not None:
             self.live.update(self.panel())

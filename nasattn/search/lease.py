@@ -30,6 +30,7 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     delete,
     exists,
     insert,
@@ -59,6 +60,25 @@ TABLE = Table(
     Column("beat", Integer, nullable=False),
     Column("facts", Text, nullable=False),
 )
+
+# Made once: SQLAlchemy takes longer to make a statement than to run it, and a trial runs a dozen.
+# here: the study; at: a lease's name; by: its owner.
+_ROW = TABLE.c
+_KEY = [bindparam(name, type_=String) for name in ("here", "at", "by")]
+_HERE, _BY = _ROW.study == _KEY[0], _ROW.owner == _KEY[2]
+_LEASE = and_(_HERE, _ROW.name == _KEY[1])
+_NAMES = _ROW.name.in_(bindparam("names", expanding=True))
+LEASES = select(_ROW.name, _ROW.owner, _ROW.beat, _ROW.facts).where(_HERE)
+OWNER = select(_ROW.owner).where(_LEASE)
+TAKE = insert(TABLE).from_select(
+    [column.name for column in _ROW],
+    select(*_KEY, literal(0), literal("{}")).where(~exists().where(_LEASE)),
+)
+SWAP = update(TABLE).where(_LEASE, _BY).values(owner=bindparam("to"))
+BEATS = update(TABLE).where(_LEASE).values(beat=_ROW.beat + 1, facts=bindparam("told"))
+GIVE = delete(TABLE).where(_HERE, _BY, _NAMES)
+LEAVE = delete(TABLE).where(_HERE, _BY)
+REAP = delete(TABLE).where(_HERE, _NAMES, _ROW.owner.in_(bindparam("owners", expanding=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +133,7 @@ class Leases:
 
     def __init__(self, engine: Engine, study: str, watch: Watch | None = None) -> None:
         self.engine, self.study, self.watch = engine, study, watch or Watch()
-        self.me = uuid.uuid4().hex
+        self.me, self._here = uuid.uuid4().hex, {"here": study}
         self.doing: dict[str, Any] = {}
         self.ended: set[str] = set()
         self._who = identity()
@@ -137,7 +157,7 @@ class Leases:
         self._thread.join()
         try:
             with self.engine.begin() as connection:
-                connection.execute(delete(TABLE).where(self._of(owner=self.me)))
+                connection.execute(LEAVE, self._here | {"by": self.me})
         except SQLAlchemyError:
             pass  # the database is gone; the others will see that this process is, too
 
@@ -161,18 +181,15 @@ class Leases:
     def holds(self, name: str) -> bool:
         """Whether a lease is still this worker's: who stood still for long may have lost it."""
         with self.engine.connect() as connection:
-            where = self._of(name=name)
-            return connection.scalar(select(TABLE.c.owner).where(where)) == self.me
+            return connection.scalar(OWNER, self._here | {"at": name}) == self.me
 
     def acquire(self, name: str) -> bool:
         """Take a lease that is free, or whose owner is dead; one's own stays one's own."""
         self.ended.discard(name)
-        row = {"study": self.study, "name": name, "owner": self.me, "beat": 0, "facts": "{}"}
-        values = [literal(value).label(key) for key, value in row.items()]
-        free = select(*values).where(~exists().where(self._of(name=name)))
+        lease = self._here | {"at": name}
         try:
             with self.engine.begin() as connection:
-                if connection.execute(insert(TABLE).from_select(list(row), free)).rowcount == 1:
+                if connection.execute(TAKE, lease | {"by": self.me}).rowcount == 1:
                     return True
         except IntegrityError:
             return False  # another's came first
@@ -183,14 +200,12 @@ class Leases:
         if owner == self.me or not self.dead(owner, table):
             return owner == self.me
         with self.engine.begin() as connection:
-            swap = update(TABLE).where(self._of(name=name, owner=owner)).values(owner=self.me)
-            return connection.execute(swap).rowcount == 1
+            return connection.execute(SWAP, lease | {"by": owner, "to": self.me}).rowcount == 1
 
     def release(self, *names: str) -> None:
         """Give leases back, and show what this worker does now."""
         with self.engine.begin() as connection:
-            mine = self._of(owner=self.me)
-            connection.execute(delete(TABLE).where(and_(mine, TABLE.c.name.in_(names))))
+            connection.execute(GIVE, self._here | {"by": self.me, "names": names})
             self._show(connection)
 
     def reap(self, table: Mapping[str, Lease], kept: Iterable[str]) -> None:
@@ -199,8 +214,7 @@ class Leases:
         names = [x.name for x in table.values() if x.owner in gone and x.name not in set(kept)]
         if names:
             with self.engine.begin() as connection:
-                left = and_(TABLE.c.name.in_(names), TABLE.c.owner.in_(gone))
-                connection.execute(delete(TABLE).where(and_(self._of(), left)))
+                connection.execute(REAP, self._here | {"names": names, "owners": list(gone)})
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -217,20 +231,14 @@ class Leases:
 
     def _show(self, connection: Connection) -> None:
         facts, name = json.dumps(self._who | self.doing), WORKER + self.me
-        beat = update(TABLE).where(self._of(name=name)).values(beat=TABLE.c.beat + 1, facts=facts)
-        if connection.execute(beat).rowcount == 0:  # the first one, or it was taken for dead
+        beat = self._here | {"at": name, "told": facts}
+        if connection.execute(BEATS, beat).rowcount == 0:  # the first one, or it was taken for dead
             row = {"study": self.study, "name": name, "owner": self.me, "beat": 0, "facts": facts}
             connection.execute(insert(TABLE).values(row))
 
     def _read(self, connection: Connection) -> list[Lease]:
-        columns = TABLE.c.name, TABLE.c.owner, TABLE.c.beat, TABLE.c.facts
-        rows = connection.execute(select(*columns).where(self._of()))
+        rows = connection.execute(LEASES, self._here)
         return [Lease(name, owner, beat, json.loads(facts)) for name, owner, beat, facts in rows]
-
-    def _of(self, **values: str) -> Any:
-        return and_(
-            TABLE.c.study == self.study, *(TABLE.c[key] == value for key, value in values.items())
-        )
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):

@@ -7,7 +7,7 @@ writes a new one by three statements a parameter; one for all of them leaves the
 
 import json
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -21,53 +21,112 @@ from optuna.distributions import (
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Select, and_, delete, insert, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import (
+    Connection,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
-Parts = dict[int, dict[Any, Any]]  # trial id -> its parameters, values or attributes
+Parts = dict[int, dict[Any, Any]]  # trial id -> its parameters, values or attributes, by name
+
+# Statements are made once: SQLAlchemy takes longer to make one than to run it.
+# here: the study; after: an id, and more: ids, of trials that are asked for; new, of: a trial's id.
+TRIAL, PARAM, VALUE, REPORT = (
+    model.__table__.c
+    for model in (
+        models.TrialModel,
+        models.TrialParamModel,
+        models.TrialValueModel,
+        models.TrialIntermediateValueModel,
+    )
+)
+STUDY = models.StudyModel.__table__.c
+_HERE = TRIAL.study_id == bindparam("here")
+_ASKED = _HERE & or_(
+    TRIAL.trial_id > bindparam("after"), TRIAL.trial_id.in_(bindparam("more", expanding=True))
+)
+_IDS = select(TRIAL.trial_id).where(_ASKED)
+HEADS = select(
+    TRIAL.trial_id, TRIAL.number, TRIAL.state, TRIAL.datetime_start, TRIAL.datetime_complete
+).where(_ASKED)
+HEADS = HEADS.order_by(TRIAL.trial_id)
+PARAMS = select(PARAM.trial_id, PARAM.param_name, PARAM.param_value, PARAM.distribution_json)
+PARAMS = PARAMS.where(PARAM.trial_id.in_(_IDS)).order_by(PARAM.param_id)
+VALUES = select(VALUE.trial_id, VALUE.objective, VALUE.value, VALUE.value_type)
+VALUES = VALUES.where(VALUE.trial_id.in_(_IDS))
+REPORTS = select(
+    REPORT.trial_id, REPORT.step, REPORT.intermediate_value, REPORT.intermediate_value_type
+).where(REPORT.trial_id.in_(_IDS))
+USER, SYSTEM = (
+    select(of.trial_id, of.key, of.value_json).where(of.trial_id.in_(_IDS))
+    for of in (
+        models.TrialUserAttributeModel.__table__.c,
+        models.TrialSystemAttributeModel.__table__.c,
+    )
+)
+
+LOCKED = select(STUDY.study_id).where(STUDY.study_id == bindparam("here")).with_for_update()
+_FIRST = select(TRIAL.trial_id).where(_HERE, exists().where(PARAM.trial_id == TRIAL.trial_id))
+_FIRST = _FIRST.order_by(TRIAL.trial_id).limit(1)
+HELD = select(PARAM.param_name, PARAM.distribution_json).where(
+    PARAM.trial_id == _FIRST.scalar_subquery()
+)
+EARLIER = select(func.count()).where(_HERE, TRIAL.trial_id < bindparam("new"))
+NUMBERED = update(models.TrialModel).where(TRIAL.trial_id == bindparam("new"))
+
+ENDED = update(models.TrialModel).where(
+    TRIAL.trial_id == bindparam("of"), TRIAL.state == TrialState.RUNNING
+)
+FORGOTTEN = delete(models.TrialUserAttributeModel).where(
+    models.TrialUserAttributeModel.trial_id == bindparam("of"),
+    models.TrialUserAttributeModel.key.in_(bindparam("names", expanding=True)),
+)
 
 
 class Database(RDBStorage):
-    """An RDBStorage. Should a later Optuna not read or write by the methods that are replaced here,
-    its own way is taken: slower, and as right."""
+    """An RDBStorage, and two transactions of our own. Should a later Optuna not read by the method
+    that is replaced here, its own way is taken: slower, and as right."""
 
-    def _get_prepared_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None, session: Session
-    ) -> models.TrialModel:
-        """A new row in an open transaction; of a template without results by few statements."""
-        if template_trial is None or template_trial.state.is_finished():
-            return super()._get_prepared_new_trial(study_id, template_trial, session)
-        _check_choices(session, study_id, template_trial.distributions)
-        trial = models.TrialModel(
-            study_id=study_id,
-            number=None,
-            state=template_trial.state,
-            datetime_start=template_trial.datetime_start,
-        )
-        session.add(trial)
-        session.flush()
-        trial.number = trial.count_past_trials(session)
-        key = {"trial_id": trial.trial_id}
-        params = [
-            {
-                "param_name": name,
-                "param_value": distribution.to_internal_repr(template_trial.params[name]),
-                "distribution_json": distribution_to_json(distribution),
-            }
-            for name, distribution in template_trial.distributions.items()
-        ]
-        user, system = (
-            [{"key": name, "value_json": json.dumps(value)} for name, value in attributes.items()]
-            for attributes in (template_trial.user_attrs, template_trial.system_attrs)
-        )
-        for model, rows in (
-            (models.TrialParamModel, params),
-            (models.TrialUserAttributeModel, user),
-            (models.TrialSystemAttributeModel, system),
-        ):
-            if rows:
-                session.execute(insert(model), [key | row for row in rows])
-        return trial
+    def add(self, study_id: int, template: FrozenTrial) -> int:
+        """A new running trial, whole or not at all; its id. ValueError when an earlier trial has a
+        parameter with other choices. Optuna's own way takes three statements a parameter."""
+        here = {"here": study_id}
+        with self.engine.begin() as connection:
+            connection.execute(LOCKED, here)  # trials are numbered one after another
+            _check_choices(connection, here, template.distributions)
+            start = template.datetime_start and _utc(template.datetime_start)
+            row = {"study_id": study_id, "state": template.state, "datetime_start": start}
+            key = connection.execute(insert(models.TrialModel), row).inserted_primary_key
+            assert key is not None
+            new = {"new": key[0]}
+            number = connection.scalar(EARLIER, here | new)
+            connection.execute(NUMBERED, new | {"number": number})
+            params = [
+                {
+                    "param_name": name,
+                    "param_value": distribution.to_internal_repr(template.params[name]),
+                    "distribution_json": distribution_to_json(distribution),
+                }
+                for name, distribution in template.distributions.items()
+            ]
+            user, system = (
+                [{"key": name, "value_json": json.dumps(value)} for name, value in of.items()]
+                for of in (template.user_attrs, template.system_attrs)
+            )
+            for model, rows in (
+                (models.TrialParamModel, params),
+                (models.TrialUserAttributeModel, user),
+                (models.TrialSystemAttributeModel, system),
+            ):
+                if rows:
+                    connection.execute(insert(model), [{"trial_id": key[0]} | row for row in rows])
+        return int(key[0])
 
     def tell(
         self,
@@ -78,17 +137,14 @@ class Database(RDBStorage):
     ) -> None:
         """End a trial (or, in the state RUNNING, leave it open) with its values and attributes of
         the user's, whole or not at all. One that has ended stays as it is."""
-        trial, mark = models.TrialModel.__table__, models.TrialUserAttributeModel
-        ended = {"datetime_complete": datetime.now(UTC).replace(tzinfo=None)}
-        running = and_(trial.c.trial_id == trial_id, trial.c.state == TrialState.RUNNING)
-        change = update(trial).where(running)
+        this: dict[str, Any] = {"of": trial_id}
+        end = {"datetime_complete": _utc(datetime.now())} if state.is_finished() else {}
         with self.engine.begin() as connection:
             # This write comes first: it keeps other writers of the trial out.
-            changed = change.values({"state": state} | (ended if state.is_finished() else {}))
-            if connection.execute(changed).rowcount == 0:
+            if connection.execute(ENDED, this | end | {"state": state}).rowcount == 0:
                 return
-            old = and_(mark.trial_id == trial_id, mark.key.in_(attributes))
-            connection.execute(delete(mark).where(old))
+            mark = models.TrialUserAttributeModel
+            connection.execute(FORGOTTEN, this | {"names": list(attributes)})
             found = [{"key": k, "value_json": json.dumps(v)} for k, v in attributes.items()]
             if found:
                 connection.execute(insert(mark), [{"trial_id": trial_id} | row for row in found])
@@ -109,24 +165,22 @@ class Database(RDBStorage):
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
         """The study's trials after an id, and those of the ids that are included, by id."""
-        trial, asked = models.TrialModel, models.TrialModel.study_id == study_id
-        if trial_id_greater_than > -1:
-            later = trial.trial_id > trial_id_greater_than
-            asked &= or_(later, trial.trial_id.in_(included_trial_ids))
-        ids = select(trial.trial_id).where(asked)
-        columns = trial.__table__.c
-        times = columns.datetime_start, columns.datetime_complete
-        heads = select(trial.trial_id, trial.number, trial.state, *times).where(asked)
+        more = list(included_trial_ids)
+        asked = {"here": study_id, "after": trial_id_greater_than, "more": more}
         with self.engine.connect() as connection:
             # The trials first: one that is finished then has all its parts.
-            found = connection.execute(heads.order_by(trial.trial_id)).all()
+            found = connection.execute(HEADS, asked).all()
             if not found:
                 return []
-            params, distributions = _params(connection, ids)
-            values = _values(connection, ids)
-            user = _attributes(connection, models.TrialUserAttributeModel, ids)
-            system = _attributes(connection, models.TrialSystemAttributeModel, ids)
-            reports = _reports(connection, ids)
+            known = cache(json_to_distribution)
+            params = _parts(connection.execute(PARAMS, asked), lambda v, text: (v, known(text)))
+            user, system = (
+                _parts(connection.execute(of, asked), json.loads) for of in (USER, SYSTEM)
+            )
+            value = models.TrialValueModel.stored_repr_to_value
+            values = _parts(connection.execute(VALUES, asked), value)
+            report = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+            reports = _parts(connection.execute(REPORTS, asked), report)
         return [
             FrozenTrial(
                 trial_id=number_in_all,
@@ -136,8 +190,8 @@ class Database(RDBStorage):
                 values=[v for _, v in sorted(values[number_in_all].items())] or None,
                 datetime_start=_local(start),
                 datetime_complete=_local(complete),
-                params=params[number_in_all],
-                distributions=distributions[number_in_all],
+                params={k: d.to_external_repr(v) for k, (v, d) in params[number_in_all].items()},
+                distributions={k: d for k, (_, d) in params[number_in_all].items()},
                 user_attrs=user[number_in_all],
                 system_attrs=system[number_in_all],
                 intermediate_values=reports[number_in_all],
@@ -148,67 +202,24 @@ class Database(RDBStorage):
 
 
 def _check_choices(
-    session: Session, study_id: int, distributions: Mapping[str, BaseDistribution]
+    connection: Connection, here: Mapping[str, int], distributions: Mapping[str, BaseDistribution]
 ) -> None:
-    """ValueError when an earlier trial has a parameter with other choices."""
-    trial, row = models.TrialModel, models.TrialParamModel
-    has_any = select(row.param_id).where(row.trial_id == trial.trial_id).exists()
-    first = select(trial.trial_id).where(trial.study_id == study_id, has_any)
-    first = first.order_by(trial.trial_id).limit(1)
-    held = select(row.param_name, row.distribution_json).where(
-        row.trial_id == first.scalar_subquery()
-    )
-    for name, text in session.execute(held):
+    for name, text in connection.execute(HELD, here):
         if name in distributions and distribution_to_json(distributions[name]) != text:
             check_distribution_compatibility(json_to_distribution(text), distributions[name])
 
 
-def _params(connection: Connection, ids: Select[Any]) -> tuple[Parts, Parts]:
-    """Each trial's parameters and their distributions, in the order they were suggested."""
-    row, known = models.TrialParamModel, cache(json_to_distribution)
-    rows = connection.execute(
-        select(row.trial_id, row.param_name, row.param_value, row.distribution_json)
-        .where(row.trial_id.in_(ids))
-        .order_by(row.param_id)
-    )
-    params: Parts = defaultdict(dict)
-    distributions: Parts = defaultdict(dict)
-    for trial, name, value, text in rows:
-        distributions[trial][name] = distribution = known(text)
-        params[trial][name] = distribution.to_external_repr(value)
-    return params, distributions
-
-
-def _values(connection: Connection, ids: Select[Any]) -> Parts:
-    row = models.TrialValueModel
-    rows = connection.execute(
-        select(row.trial_id, row.objective, row.value, row.value_type).where(row.trial_id.in_(ids))
-    )
+def _parts(rows: Iterable[Any], read: Callable[..., Any]) -> Parts:
+    """By trial, in the rows' order: the second column -> what is read of the others."""
     found: Parts = defaultdict(dict)
-    for trial, objective, value, kind in rows:
-        found[trial][objective] = row.stored_repr_to_value(value, kind)
+    for trial, key, *stored in rows:
+        found[trial][key] = read(*stored)
     return found
 
 
-def _attributes(connection: Connection, row: Any, ids: Select[Any]) -> Parts:
-    rows = connection.execute(
-        select(row.trial_id, row.key, row.value_json).where(row.trial_id.in_(ids))
-    )
-    found: Parts = defaultdict(dict)
-    for trial, key, text in rows:
-        found[trial][key] = json.loads(text)
-    return found
-
-
-def _reports(connection: Connection, ids: Select[Any]) -> Parts:
-    row = models.TrialIntermediateValueModel
-    columns = row.trial_id, row.step, row.intermediate_value, row.intermediate_value_type
-    found: Parts = defaultdict(dict)
-    for trial, step, value, kind in connection.execute(
-        select(*columns).where(row.trial_id.in_(ids))
-    ):
-        found[trial][step] = row.stored_repr_to_intermediate_value(value, kind)
-    return found
+def _utc(time: datetime) -> datetime:
+    """As it is stored."""
+    return time.astimezone(UTC).replace(tzinfo=None)
 
 
 def _local(time: datetime | None) -> datetime | None:

@@ -235,7 +235,7 @@ class Slots:
             user_attrs=dict(user),
             system_attrs=dict(system),
         )
-        row = self._storage.create_new_trial(self.study.optuna._study_id, template_trial=template)
+        row = self.study.database.add(self.study.optuna._study_id, template)
         job = Job(row, read_trial(template), user[TOKEN])
         if self._mine(job):
             return job

@@ -154,9 +154,10 @@ class Study:
         ends = [len(scored) * (part + 1) // parts for part in range(parts)]
         front, volumes = points[:0], list[float]()
         for start, end in itertools.pairwise([0, *ends]):
-            front = np.vstack([front, points[start:end]])
+            before, front = front, np.vstack([front, points[start:end]])
             front = front[non_dominated(front)]
-            volumes.append(self._share(front, scored[0]))
+            same = volumes and np.array_equal(front, before)
+            volumes.append(volumes[-1] if same else self._share(front, scored[0]))
         return volumes
 
     def _share(self, points: ArrayLike, baseline: Trial) -> float:

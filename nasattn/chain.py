@@ -43,7 +43,13 @@ class _State:
     ended: bool = False
 
 
-_Option = tuple[str, _State, int, Callable[[int], float]]
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A step in a state. ways: units left -> how many rows go on from here; options: the labels
+    that may stand, each with its units and the node behind it."""
+
+    ways: Callable[[int], float]
+    options: list[tuple[str, int, "_Node"]]
 
 
 class Chain:
@@ -156,7 +162,7 @@ class Budget:
         rounded = floor if lenient else ceil
         shift = 1e-9 if lenient else -1e-9
         self._units = [{k: rounded(v / unit + shift) for k, v in c.items()} for c in added]
-        self._options: dict[tuple[int, _State], list[_Option]] = {}
+        self._nodes: dict[tuple[int, _State], _Node] = {}
 
     def _added(self, step: Step) -> dict[str, float]:
         costs = step.costs.get(self.metric) or dict.fromkeys(step.labels, 0)
@@ -185,34 +191,34 @@ class Budget:
 
     def sample(self, rng: random.Random) -> Row:
         """One fitting row, uniformly. ValueError when there is none."""
-        state, left, row = self.chain.start, self.total, Row()
-        for depth, step in enumerate(self.chain.steps):
-            count = self.ways(depth, state, self.total - left)
-            if not count:
-                raise ValueError("no row fits the budget")
-            if not isfinite(count):
-                raise ValueError("too many rows to be drawn uniformly")
-            drawn, passed = rng.random() * count, 0.0
-            for label, after, units, ways in self._ahead(depth, state):
-                if units <= left:
-                    passed += ways(left - units)
-                    chosen = label, after, units
+        node, left, row = self._node(0, self.chain.start), self.total, Row()
+        if not self.count:
+            raise ValueError("no row fits the budget")
+        if not isfinite(self.count):
+            raise ValueError("too many rows to be drawn uniformly")
+        for step in self.chain.steps:
+            drawn, passed = rng.random() * node.ways(left), 0.0
+            for label, units, after in node.options:
+                if units <= left and (ways := after.ways(left - units)):
+                    chosen = label, units, after
+                    passed += ways
                     if drawn < passed:
                         break
-            row[step.name], state, units = chosen
+            row[step.name], units, node = chosen
             left -= units
         return row
 
-    def _ahead(self, depth: int, state: _State) -> list[_Option]:
-        """The labels that may stand at a step: each with the state behind it, its units, and the
-        ways to go on by the units that are left then."""
-        known = self._options.get((depth, state))
-        if known is None:
-            known = self._options[depth, state] = [
-                (label, to, self.units(depth, label), self._table[depth + 1][to].item)
-                for label, to in self.chain.options(depth, state)
+    def _node(self, depth: int, state: _State) -> _Node:
+        found = self._nodes.get((depth, state))
+        if found is None:
+            last = depth == len(self.chain.steps)
+            options = [
+                (label, self.units(depth, label), self._node(depth + 1, after))
+                for label, after in (() if last else self.chain.options(depth, state))
             ]
-        return known
+            found = _Node(self._table[depth][state].item, options)
+            self._nodes[depth, state] = found
+        return found
 
     @cached_property
     def _table(self) -> list[dict[_State, NDArray[Any]]]:

@@ -256,9 +256,9 @@ class SearchSpace:
         return replace(self, max_blocks=len(self.sites)).decode(row)
 
     def _blocks(self, row: Mapping[str, str]) -> int:
-        placed = [site for site in self.choices if row.get(site, NONE) != NONE]
         if not self.skeleton:
-            return len(placed)
+            return len(row) - list(row.values()).count(NONE)
+        placed = [site for site in self.choices if row.get(site, NONE) != NONE]
         return sum(row.get(position_of(site) + SUFFIX) != LEFT_OUT for site in placed)
 
     @cached_property

@@ -64,8 +64,9 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
     costs = {index: priced(metric) for index, metric in objectives if metric != "accuracy"}
 
     def excluded(row: dict[str, str]) -> float:
-        canonical = space.canonical(row) == row and space.sparse(row)
-        return 0.0 if canonical and not excess(price(row), candidates.limits) else 1.0
+        canonical = not space.skeleton or space.canonical(row) == row
+        feasible = canonical and space.sparse(row) and not excess(price(row), candidates.limits)
+        return 0.0 if feasible else 1.0
 
     def draw(rng: random.Random) -> dict[str, str]:
         if candidates.listed is not None:

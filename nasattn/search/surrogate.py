@@ -5,6 +5,7 @@ hypervolume, both exact. All objectives are minimised. numpy and scipy only.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,13 +88,6 @@ class Inputs:
     def last(self, n: int) -> "Inputs":
         return Inputs(self.options[-n:], self.counts[-n:], self.costs[-n:], self.parameters)
 
-    def distances(self, other: "Inputs") -> tuple[Floats, Floats, Floats]:
-        """The shares of parameters that differ, the distances of the counts in the same unit, and
-        the squared distances of the costs: (n, k) each."""
-        differ = 1.0 - self.options @ other.options.T / self.parameters
-        counts = np.sqrt(_squared(self.counts, other.counts) / 2) / self.parameters
-        return differ, counts, _squared(self.costs, other.costs)
-
 
 def _squared(a: Floats, b: Floats) -> Floats:
     apart = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
@@ -134,7 +128,7 @@ class Process:
         return log_normal(mean, std, self.floor)
 
     def _moments(self, inputs: Inputs) -> tuple[Floats, Floats]:
-        across = _kernel(inputs.distances(self.inputs), self.a)
+        across = _mixed(_near(inputs, self.inputs), self.a)
         mean = self.mean + across @ self.weights
         explained = ((across @ self.half) ** 2).sum(axis=1)
         variance = np.maximum(1.0 - explained, 1e-6) * max(self.scale, 1e-8)
@@ -143,11 +137,11 @@ class Process:
     def _tune(self) -> None:
         few = self.inputs.last(TUNED)
         target = self.targets[-TUNED:] - self.mean
-        distances = few.distances(few)
+        near = _near(few, few)
         noise = np.array(self.NOISE)[:, None]
         best = math.inf
         for a in self.A:
-            values, vectors = np.linalg.eigh(_kernel(distances, a))
+            values, vectors = np.linalg.eigh(_mixed(near, a))
             values = np.maximum(values, 0.0) + noise
             scale = ((vectors.T @ target) ** 2 / values).mean(axis=1)
             loss = len(target) * np.log(scale + 1e-12) + np.log(values).sum(axis=1)
@@ -156,17 +150,32 @@ class Process:
                 self.a, self.noise, self.scale = a, self.NOISE[i], float(scale[i])
 
     def _condition(self) -> None:
-        kernel = _kernel(self.inputs.distances(self.inputs), self.a)
+        kernel = _mixed(_near(self.inputs, self.inputs), self.a)
         lower = np.linalg.cholesky(kernel + self.noise * np.eye(len(kernel)))
         self.half = solve_triangular(lower, np.eye(len(lower)), lower=True).T
         self.weights = self.half @ (self.half.T @ (self.targets - self.mean))
 
 
-def _kernel(distances: tuple[Floats, Floats, Floats], a: float) -> Floats:
+@cache
+def _tables(parameters: int) -> tuple[Floats, Floats]:
+    """The kernel by how many parameters agree, and by the counts' squared distance."""
+    differ = 1.0 - np.arange(parameters + 1) / parameters
+    apart = np.sqrt(np.arange(2 * parameters**2 + 1) / 2) / parameters
+    return np.exp(-Process.P * differ), np.exp(-Process.P * apart)
+
+
+def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
+    """What the kernel makes of the parameters and of the costs: (n, k) each."""
+    agree = (these.options @ those.options.T).astype(np.intp)
+    apart = _squared(these.counts, those.counts).astype(np.intp)
+    by_agree, by_apart = _tables(these.parameters)  # looked up: an exponential takes longer
+    costs = _squared(these.costs, those.costs)
+    return by_agree[agree] + by_apart[apart], np.exp(-0.5 * costs / Process.WIDTH**2)
+
+
+def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:
     """(n, k), one where all distances are zero."""
-    differ, counts, costs = distances
-    near = np.exp(-Process.P * differ) + np.exp(-Process.P * counts)
-    return np.asarray((near + a * np.exp(-0.5 * costs / Process.WIDTH**2)) / (2 + a))
+    return np.asarray((near[0] + a * near[1]) / (2 + a))
 
 
 def log_normal(mean: Floats, std: Floats, floor: float) -> Shortfall:

@@ -42,6 +42,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
+from nasattn.search.rows import READS
+
 BEAT = 3.0  # seconds between beats
 STALE = 60.0  # seconds without one after which a worker counts as dead
 BLIND = 15.0  # seconds without a look after which an observer begins anew: it was cut off itself
@@ -172,7 +174,7 @@ class Leases:
 
     def table(self) -> dict[str, Lease]:
         """All leases of the study, by name."""
-        with self.engine.connect() as connection:
+        with self.engine.connect().execution_options(**READS) as connection:
             return {lease.name: lease for lease in self._read(connection)}
 
     def dead(self, owner: str, table: Mapping[str, Lease]) -> bool:
@@ -180,7 +182,7 @@ class Leases:
 
     def holds(self, name: str) -> bool:
         """Whether a lease is still this worker's: who stood still for long may have lost it."""
-        with self.engine.connect() as connection:
+        with self.engine.connect().execution_options(**READS) as connection:
             return connection.scalar(OWNER, self._here | {"at": name}) == self.me
 
     def acquire(self, name: str) -> bool:

@@ -88,6 +88,9 @@ FORGOTTEN = delete(models.TrialUserAttributeModel).where(
     models.TrialUserAttributeModel.key.in_(bindparam("names", expanding=True)),
 )
 
+# For a connection that only reads: a server need not begin and end a transaction.
+READS = {"isolation_level": "AUTOCOMMIT"}
+
 
 class Database(RDBStorage):
     """An RDBStorage, and two transactions of our own. Should a later Optuna not read by the method
@@ -167,7 +170,7 @@ class Database(RDBStorage):
         """The study's trials after an id, and those of the ids that are included, by id."""
         more = list(included_trial_ids)
         asked = {"here": study_id, "after": trial_id_greater_than, "more": more}
-        with self.engine.connect() as connection:
+        with self.engine.connect().execution_options(**READS) as connection:
             # The trials first: one that is finished then has all its parts.
             found = connection.execute(HEADS, asked).all()
             if not found:

@@ -210,10 +210,12 @@ class _Space:
     ) -> None:
         self.sampler, self.options, self.rng = sampler, options, rng
         self.memory = sampler._known.setdefault(tuple(options.items()), {})
-        # Values are found by (type, value): True == 1 == 1.0.
-        self._index = {n: {(type(v), v): i for i, v in enumerate(o)} for n, o in options.items()}
+        # Values are found by (type, value), as True == 1 == 1.0; text, which equals text alone, by
+        # itself: a study of thousands of rows is looked up anew for each proposal.
+        self._text = all(isinstance(v, str) for o in options.values() for v in o)
+        self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
         self.fixed = {
-            i: self._index[n][type(fixed[n]), fixed[n]] for i, n in enumerate(options) if n in fixed
+            i: self._index[n][self._key(fixed[n])] for i, n in enumerate(options) if n in fixed
         }
         values = [key for index in self._index.values() for key in index]
         distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
@@ -238,9 +240,14 @@ class _Space:
     def row(self, params: Params) -> Row | None:
         """None when a parameter is missing or has another value than the options."""
         try:
-            return tuple([ix[type(v := params[n]), v] for n, ix in self._index.items()])
+            if self._text:
+                return tuple([index[params[name]] for name, index in self._index.items()])
+            return tuple([index[self._key(params[name])] for name, index in self._index.items()])
         except KeyError:
             return None
+
+    def _key(self, value: Any) -> Any:
+        return value if self._text else (type(value), value)
 
     def encoded(self, rows: Sequence[Row]) -> tuple[Floats, Floats]:
         """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""

@@ -271,14 +271,14 @@ class Search:
         """Rewrite the frontier's files when it has changed."""
         frontier = self.study.frontier(trials)
         if frontier != self._published:
-            self.study.write_frontier(trials)
+            self.study.write_frontier(frontier)
             self._published = frontier
 
     def _sweep(self, trials: list[Trial]) -> None:
         """Delete what will not be asked for again: a trial that left the frontier never returns to
         it. A trial that is running, or may go on, keeps all it has. What is kept
         and was not published, as the study had no store then, is now."""
-        kept = {0} | {t.number for t in self.study.frontier(trials)}
+        kept = {0} | {t.number for t in self._published}  # of these trials, in their turn
         weights, checkpoints = weights_file(self.study, 0).parent, self.study.folder / "checkpoints"
         ended = {t.number for t in trials if t.state in ("scored", "failed")}
         over = {weights: ended - kept, checkpoints: ended}

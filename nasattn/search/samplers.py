@@ -193,11 +193,8 @@ def _propose(
 
 def seen_rows(study: Study, space: Mapping[str, Any]) -> set[Key]:
     """The proposals of all whole rows, running and failed ones included."""
-    return {
-        tuple(row.params[site] for site in space)
-        for row in study.get_trials(deepcopy=False)
-        if len(row.params) == len(space)
-    }
+    rows = (row.params for row in study.get_trials(deepcopy=False))
+    return {tuple(map(params.__getitem__, space)) for params in rows if len(params) == len(space)}
 
 
 __all__ = ["SAMPLERS", "Exhausted", "FrontierSampler", "Gate", "Snapshot", "seen_rows"]

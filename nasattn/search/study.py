@@ -294,10 +294,10 @@ class Study:
         costs = self.config.costs
         return [[-accuracy(t), *(t.cost.values[m] for m in costs)] for t in trials]
 
-    def write_frontier(self, trials: Sequence[Trial] | None = None) -> None:
+    def write_frontier(self, frontier: Sequence[Trial] | None = None) -> None:
         """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside
         the database; each replaced in one step, so that a reader never sees half a file."""
-        rows = [t.as_dict() for t in self.frontier(trials)]
+        rows = [t.as_dict() for t in frontier or self.frontier()]
         text = io.StringIO()
         metrics = list(self.facts["plain"])
         writer = csv.writer(text, lineterminator="\n")

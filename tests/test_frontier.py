@@ -1,6 +1,7 @@
 """The frontier sampler on its own: what it promises any Optuna study."""
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from nasattn.pareto import non_dominated as slow_non_dominated
 from nasattn.search import frontier
 from nasattn.search.frontier import LEARNED, START
 from nasattn.search.samplers import Exhausted, FrontierSampler
-from nasattn.search.surrogate import Process, Undominated, log_normal, non_dominated
+from nasattn.search.surrogate import Inputs, Process, Undominated, log_normal, non_dominated
 
 Params = dict[str, Any]
 SITES, OPTIONS = 6, ("none", "small", "wide", "deep")
@@ -153,6 +154,60 @@ def test_log_normal_shortfall_is_its_integral() -> None:
     expected = [(np.maximum(t - values, 0) * density).sum(axis=0) for t in thresholds]
     found = log_normal(mean, std, floor)(thresholds)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def inputs_of(rows: Any, costs: Any, options: int = 4) -> Inputs:
+    codes = np.array(rows)
+    one_hot = np.eye(options)[codes]
+    return Inputs(
+        one_hot.reshape(len(codes), -1), one_hot.sum(1), np.array(costs)[:, None], codes.shape[1]
+    )
+
+
+def test_predictions_are_those_of_a_naive_process() -> None:
+    """The kernel pair by pair from its definition, and the textbook's moments."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 4, (40, 5)).tolist()
+    costs, values = rng.random(40), rng.random(40) + 1.0
+    process = Process(inputs_of(rows[:30], costs[:30]), values[:30])
+
+    def kernel(i: int, j: int) -> float:
+        p, a, b = Process, rows[i], rows[j]
+        apart = math.sqrt(sum((a.count(v) - b.count(v)) ** 2 for v in range(4)) / 2) / 5
+        shares = sum(a.count(v) / 5 * b.count(v) / 5 for v in range(4))
+        parts = math.exp(-p.P * sum(x != y for x, y in zip(a, b, strict=True)) / 5)
+        parts += math.exp(-p.P * apart)
+        parts += process.a * math.exp(-0.5 * (costs[i] - costs[j]) ** 2 / p.WIDTH**2)
+        parts += p.TREND * (shares + shares**2)
+        return parts / (2 + process.a + p.TREND)
+
+    full = np.array([[kernel(i, j) for j in range(40)] for i in range(40)])
+    known, new = slice(0, 30), slice(30, 40)
+    inverse = np.linalg.inv(full[known, known] + process.noise * np.eye(30))
+    logs = np.log(values[:30] - process.floor)
+    mean = logs.mean() + full[new, known] @ inverse @ (logs - logs.mean())
+    covariance = full[new, new] - full[new, known] @ inverse @ full[known, new]
+    found_mean, found_std = process._moments(inputs_of(rows[30:], costs[30:]))
+    assert found_mean == pytest.approx(mean, abs=1e-9)
+    assert found_std == pytest.approx(np.sqrt(np.diag(covariance) * process.scale), abs=1e-9)
+
+
+def test_a_trend_goes_on_beyond_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more often an option is taken the better, and no row seen has it more than twice: one
+    that has it six times of six is expected far below the best; not so without the trend."""
+    rng = np.random.default_rng(1)
+    rows = [r for r in rng.integers(0, 4, (200, 6)).tolist() if r.count(1) <= 2][:40]
+    values = np.array([1.0 - 0.1 * r.count(1) for r in rows])
+
+    def above_floor() -> float:
+        """Of the least value seen, so far above the floor."""
+        process = Process(inputs_of(rows, np.zeros(40)), values)
+        mean, _ = process._moments(inputs_of([[1] * 6], [0.0]))
+        return math.exp(mean[0]) / (values.min() - process.floor)
+
+    assert above_floor() < 0.1
+    monkeypatch.setattr(Process, "TREND", 0.0)
+    assert above_floor() > 0.5
 
 
 def test_the_quick_front_is_the_slow_one() -> None:

@@ -97,13 +97,15 @@ def _squared(a: Floats, b: Floats) -> Floats:
 class Process:
     """A Gaussian process of log(value - floor) over parameters and their known costs.
 
-    Its kernel is the mean of three: exp(-P * share of parameters that differ), exp(-P * distance of
-    how often each option is taken), whatever the parameter, and, weighted by `a`, a radial function
-    of the costs. `a` and the noise have the greatest marginal likelihood on a small grid. P and
-    WIDTH are fixed: a P chosen anew on so few trials was no better (experiments/004_samplers).
+    Its kernel has four parts: exp(-P * share of parameters that differ); exp(-P * distance of how
+    often each option is taken), whatever the parameter; weighted by `a`, a radial function of the
+    costs; and, weighted by TREND, the linear and quadratic function of how often each option is
+    taken. The first three fall back to the mean where nothing is near; the trend goes on beyond
+    what was seen, where the best are. `a` and the noise have the greatest marginal likelihood on a
+    small grid, the rest is fixed (experiments/004_samplers).
     """
 
-    P, WIDTH, MARGIN = 1.5, 0.6, 0.3
+    P, WIDTH, TREND, MARGIN = 1.5, 0.6, 16.0, 0.3
     A, NOISE = (0.1, 1.0), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
     def __init__(self, inputs: Inputs, values: Floats) -> None:
@@ -131,7 +133,9 @@ class Process:
         across = _mixed(_near(inputs, self.inputs), self.a)
         mean = self.mean + across @ self.weights
         explained = ((across @ self.half) ** 2).sum(axis=1)
-        variance = np.maximum(1.0 - explained, 1e-6) * max(self.scale, 1e-8)
+        own = _trend((inputs.counts**2).sum(axis=1), inputs.parameters)
+        prior = _mixed((2.0 + own, np.ones(len(own))), self.a)
+        variance = np.maximum(prior - explained, 1e-6) * max(self.scale, 1e-8)
         return mean, np.sqrt(variance)
 
     def _tune(self) -> None:
@@ -164,18 +168,26 @@ def _tables(parameters: int) -> tuple[Floats, Floats]:
     return np.exp(-Process.P * differ), np.exp(-Process.P * apart)
 
 
+def _trend(products: Floats, parameters: int) -> Floats:
+    """By the scalar products of the counts."""
+    shares = products / parameters**2
+    return np.asarray(Process.TREND * (shares + shares**2))
+
+
 def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
     """What the kernel makes of the parameters and of the costs: (n, k) each."""
     agree = (these.options @ those.options.T).astype(np.intp)
+    products = these.counts @ those.counts.T
     apart = _squared(these.counts, those.counts).astype(np.intp)
     by_agree, by_apart = _tables(these.parameters)  # looked up: an exponential takes longer
+    parameters = by_agree[agree] + by_apart[apart] + _trend(products, these.parameters)
     costs = _squared(these.costs, those.costs)
-    return by_agree[agree] + by_apart[apart], np.exp(-0.5 * costs / Process.WIDTH**2)
+    return parameters, np.exp(-0.5 * costs / Process.WIDTH**2)
 
 
 def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:
-    """(n, k), one where all distances are zero."""
-    return np.asarray((near[0] + a * near[1]) / (2 + a))
+    """Both in one scale."""
+    return np.asarray((near[0] + a * near[1]) / (2 + a + Process.TREND))
 
 
 def log_normal(mean: Floats, std: Floats, floor: float) -> Shortfall:

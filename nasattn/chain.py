@@ -162,7 +162,6 @@ class Budget:
         rounded = floor if lenient else ceil
         shift = 1e-9 if lenient else -1e-9
         self._units = [{k: rounded(v / unit + shift) for k, v in c.items()} for c in added]
-        self._nodes: dict[tuple[int, _State], _Node] = {}
 
     def _added(self, step: Step) -> dict[str, float]:
         costs = step.costs.get(self.metric) or dict.fromkeys(step.labels, 0)
@@ -191,10 +190,11 @@ class Budget:
 
     def sample(self, rng: random.Random) -> Row:
         """One fitting row, uniformly. ValueError when there is none."""
-        node, left, row = self._node(0, self.chain.start), self.total, Row()
-        if not self.count:
+        node, left, row = self._root, self.total, Row()
+        count = self.count
+        if not count:
             raise ValueError("no row fits the budget")
-        if not isfinite(self.count):
+        if not isfinite(count):
             raise ValueError("too many rows to be drawn uniformly")
         for step in self.chain.steps:
             drawn, passed = rng.random() * node.ways(left), 0.0
@@ -208,17 +208,23 @@ class Budget:
             left -= units
         return row
 
-    def _node(self, depth: int, state: _State) -> _Node:
-        found = self._nodes.get((depth, state))
-        if found is None:
-            last = depth == len(self.chain.steps)
-            options = [
-                (label, self.units(depth, label), self._node(depth + 1, after))
-                for label, after in (() if last else self.chain.options(depth, state))
-            ]
-            found = _Node(self._table[depth][state].item, options)
-            self._nodes[depth, state] = found
-        return found
+    @cached_property
+    def _root(self) -> _Node:
+        """What a draw walks along, to look no state up."""
+        chain, last = self.chain, len(self.chain.steps)
+        nodes = {s: _Node(self._table[last][s].item, []) for s in chain._states}
+        for depth in reversed(range(last)):
+            nodes = {
+                state: _Node(
+                    self._table[depth][state].item,
+                    [
+                        (label, self.units(depth, label), nodes[after])
+                        for label, after in chain.options(depth, state)
+                    ],
+                )
+                for state in chain._states
+            }
+        return nodes[chain.start]
 
     @cached_property
     def _table(self) -> list[dict[_State, NDArray[Any]]]:

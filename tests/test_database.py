@@ -8,12 +8,14 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState, create_trial
 
 from nasattn import load_study
 from nasattn.cli import main
 from nasattn.config import Experiment
 from nasattn.errors import UserError
 from nasattn.search.database import connect
+from nasattn.search.rows import Database
 from nasattn.search.study import FACTS, Study, open_study
 
 FIELDS: dict[str, Any] = {
@@ -45,6 +47,25 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def opened(url: str, **changes: Any) -> Study:
     experiment = Experiment.from_dict(FIELDS | {"storage": url} | changes)
     return open_study(experiment, KNOWN, optuna.samplers.RandomSampler())
+
+
+def test_trials_added_at_once_are_numbered_one_by_one(url: str) -> None:
+    """Without turns, that is by the database alone."""
+    study, together = opened(url), threading.Barrier(6)
+
+    def add() -> None:
+        database = connect(url)
+        assert isinstance(database, Database)
+        together.wait()
+        for _ in range(5):
+            database.add(study.optuna._study_id, create_trial(state=TrialState.RUNNING))
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [row.number for row in study.optuna.get_trials()] == list(range(30))
 
 
 def test_many_create_one_study_at_once(url: str) -> None:

@@ -1,5 +1,7 @@
 """The fast reader gives the trials that Optuna's own reading gives, the writer leaves its rows."""
 
+import itertools
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -74,34 +76,43 @@ def test_optuna_reads_by_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(database: RDBStorage, add: Callable[..., int]) -> list[str]:
-    """Two running trials made from a template, in a study of their own."""
+    """Running trials made from templates, in two studies, whose parameters are not the same; the
+    first trial of each has none."""
     up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
-    study = database.create_new_study([up, down])
-    for number in range(2):
+    studies = [database.create_new_study([up, down]) for _ in range(2)]
+    for number, study in itertools.product(range(3), studies):
+        distributions = {
+            "z": CategoricalDistribution(["b(c=1)", "none", str(study)]),
+            "a": IntDistribution(0, 3),
+            "b": FloatDistribution(0.1, 1.0, log=True),
+        }
         template = create_trial(
             state=TrialState.RUNNING,
-            params={"z": "none", "a": number, "b": 0.5},
-            distributions={
-                "z": CategoricalDistribution(["b(c=1)", "none"]),
-                "a": IntDistribution(0, 3),
-                "b": FloatDistribution(0.1, 1.0, log=True),
-            },
+            params={"z": "none", "a": number, "b": 0.5} if number else {},
+            distributions=distributions if number else {},
             user_attrs={"facts": {"n": [number, None]}, "empty": {}} if number else {},
             system_attrs={"constraints": [-1.0]},
         )
+        template.datetime_start = datetime(2026, 1, 2, 3, 4, 5)
         trial = add(study, template)
-        if number:
+        if number == 1:
             database.set_trial_state_values(trial, TrialState.COMPLETE, [0.25, float("inf")])
-    trials = database.get_all_trials(study)
-    for trial in trials:  # what tells one database's trials from another's
-        trial.datetime_start = trial.datetime_complete = None
-        trial._trial_id = 0
+    trials = [trial for study in studies for trial in database.get_all_trials(study)]
+    assert [trial.number for trial in trials] == [0, 1, 2, 0, 1, 2]
+    for trial in trials:
+        trial.datetime_complete = None
     return [repr(trial) for trial in trials]
 
 
-def test_as_optuna_writes(tmp_path: Path) -> None:
+def test_as_optuna_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
     ours, theirs = Database(f"sqlite:///{tmp_path}/a.db"), RDBStorage(f"sqlite:///{tmp_path}/b.db")
-    assert written(ours, ours.add) == written(theirs, theirs.create_new_trial)
+    try:
+        assert written(ours, ours.add) == written(theirs, theirs.create_new_trial)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
     with pytest.raises(ValueError, match="does not support dynamic value space"):
         template = create_trial(
             state=TrialState.RUNNING,
@@ -109,7 +120,10 @@ def test_as_optuna_writes(tmp_path: Path) -> None:
             distributions={"z": CategoricalDistribution(["none", "new"])},
         )
         ours.add(1, template)
-    assert len(ours.get_all_trials(1)) == 2, "nothing was left of it"
+    assert len(ours.get_all_trials(1)) == 3, "nothing was left of it"
+    ours.delete_study(1)
+    with pytest.raises(KeyError):
+        ours.add(1, create_trial(state=TrialState.RUNNING))
 
 
 def test_a_trial_is_told_whole_and_once(url: str) -> None:

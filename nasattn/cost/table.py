@@ -1,7 +1,7 @@
 """The cost of every architecture of a space, from one entry a block and site.
 
 An inserted block keeps its map's shape, so the backbone's and the blocks' costs add up exactly.
-That is checked on a network that holds a block at every site when the table is built.
+When a table is built, that is checked on one network, of another option at each site.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,7 +84,8 @@ class CostTable:
         choices: Mapping[str, tuple[str, ...]],
         decode: Callable[[Mapping[str, str]], Architecture],
     ) -> None:
-        """In a whole network that is counted: each site has another label in its turn."""
+        """In a whole network that is counted: each site has another label in its turn. (All labels
+        of the shipped spaces are checked by test_cost.)"""
         labels: dict[str, list[str]] = {site: [] for site in choices}
         for name, label in self.entries:
             labels.setdefault(name, []).append(label)

@@ -127,12 +127,12 @@ class Display:
         self.trials = study.trials
         self._draw()
 
-    def start(self, task: str) -> None:
-        """A training begins."""
+    def start(self, task: str, waits: bool = False) -> None:
+        """A training begins, or a wait, in which nothing else happens."""
         self.workers = [Worker(task=task)]
         if not self.console.is_terminal:
             self.note(f"{task} ...")
-        self._draw(at_once=False)
+        self._draw(at_once=waits)
 
     def tick(self, share: float, accuracy: float | None) -> None:
         """A share of the running training is done."""

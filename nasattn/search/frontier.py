@@ -212,7 +212,7 @@ class _Space:
         self.memory = sampler._known.setdefault(tuple(options.items()), {})
         # Values are found by (type, value), as True == 1 == 1.0; text, which equals text alone, by
         # itself: a study of thousands of rows is looked up anew for each proposal.
-        self._text = all(isinstance(v, str) for o in options.values() for v in o)
+        self._text = all(type(v) is str for o in options.values() for v in o)
         self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
         self.fixed = {
             i: self._index[n][self._key(fixed[n])] for i, n in enumerate(options) if n in fixed

@@ -73,7 +73,7 @@ _NAMES = _ROW.name.in_(bindparam("names", expanding=True))
 LEASES = select(_ROW.name, _ROW.owner, _ROW.beat, _ROW.facts).where(_HERE)
 OWNER = select(_ROW.owner).where(_LEASE)
 TAKE = insert(TABLE).from_select(
-    [column.name for column in _ROW],
+    ["study", "name", "owner", "beat", "facts"],
     select(*_KEY, literal(0), literal("{}")).where(~exists().where(_LEASE)),
 )
 SWAP = update(TABLE).where(_LEASE, _BY).values(owner=bindparam("to"))

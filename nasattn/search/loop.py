@@ -162,7 +162,8 @@ class Search:
                 return
             if turn.job is None:
                 if not waits:
-                    self.display.start(f"waiting for {turn.others} trials of other workers")
+                    task = f"waiting for {turn.others} trials of other workers"
+                    self.display.start(task, waits=True)
                     self.leases.doing = {"task": self.display.task}
                 waits = True
                 time.sleep(WAIT)
@@ -234,7 +235,8 @@ class Search:
                 self.evaluator.prepare(self._tick)
                 patiently(lambda: self.leases.release(BACKBONE), self.display.note)
             elif not waits:
-                self.display.start("waiting for the plain backbone, which another worker trains")
+                task = "waiting for the plain backbone, which another worker trains"
+                self.display.start(task, waits=True)
                 self.leases.doing = {"task": self.display.task}
                 waits = True
             time.sleep(WAIT * waits)

@@ -93,15 +93,21 @@ READS = {"isolation_level": "AUTOCOMMIT"}
 
 
 class Database(RDBStorage):
-    """An RDBStorage, and two transactions of our own. Should a later Optuna not read by the method
-    that is replaced here, its own way is taken: slower, and as right."""
+    """An RDBStorage, and two transactions of our own in its tables. Should a later Optuna not read
+    by the method that is replaced here, its own way is taken: slower, and as right."""
 
     def add(self, study_id: int, template: FrozenTrial) -> int:
-        """A new running trial, whole or not at all; its id. ValueError when an earlier trial has a
-        parameter with other choices. Optuna's own way takes three statements a parameter."""
+        """A new running trial, whole or not at all; its id. Optuna's own way takes three statements
+        a parameter.
+
+        Raises KeyError when the study is gone, ValueError when an earlier trial has a parameter
+        with other choices.
+        """
+        assert template.state is TrialState.RUNNING
         here = {"here": study_id}
         with self.engine.begin() as connection:
-            connection.execute(LOCKED, here)  # trials are numbered one after another
+            if connection.scalar(LOCKED, here) is None:  # trials are numbered one after another
+                raise KeyError(f"there is no study {study_id}")
             _check_choices(connection, here, template.distributions)
             start = template.datetime_start and _utc(template.datetime_start)
             row = {"study_id": study_id, "state": template.state, "datetime_start": start}
@@ -207,6 +213,7 @@ class Database(RDBStorage):
 def _check_choices(
     connection: Connection, here: Mapping[str, int], distributions: Mapping[str, BaseDistribution]
 ) -> None:
+    """Against the study's first trial that has parameters."""
     for name, text in connection.execute(HELD, here):
         if name in distributions and distribution_to_json(distributions[name]) != text:
             check_distribution_compatibility(json_to_distribution(text), distributions[name])

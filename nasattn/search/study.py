@@ -297,7 +297,8 @@ class Study:
     def write_frontier(self, frontier: Sequence[Trial] | None = None) -> None:
         """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside
         the database; each replaced in one step, so that a reader never sees half a file."""
-        rows = [t.as_dict() for t in frontier or self.frontier()]
+        frontier = self.frontier() if frontier is None else frontier
+        rows = [t.as_dict() for t in frontier]
         text = io.StringIO()
         metrics = list(self.facts["plain"])
         writer = csv.writer(text, lineterminator="\n")

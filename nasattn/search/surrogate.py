@@ -5,7 +5,6 @@ hypervolume, both exact. All objectives are minimised. numpy and scipy only.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,12 +159,12 @@ class Process:
         self.weights = self.half @ (self.half.T @ (self.targets - self.mean))
 
 
-@cache
-def _tables(parameters: int) -> tuple[Floats, Floats]:
-    """The kernel by how many parameters agree, and by the counts' squared distance."""
-    differ = 1.0 - np.arange(parameters + 1) / parameters
-    apart = np.sqrt(np.arange(2 * parameters**2 + 1) / 2) / parameters
-    return np.exp(-Process.P * differ), np.exp(-Process.P * apart)
+def _looked_up(function: Callable[[Floats], Floats], wholes: Floats) -> Floats:
+    """The function of whole numbers, by a table where they are few: exponentials take longer."""
+    most = int(wholes.max(initial=0)) + 1
+    if most > wholes.size:
+        return function(wholes)
+    return np.asarray(function(np.arange(float(most)))[wholes.astype(np.intp)])
 
 
 def _trend(products: Floats, parameters: int) -> Floats:
@@ -176,11 +175,12 @@ def _trend(products: Floats, parameters: int) -> Floats:
 
 def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
     """What the kernel makes of the parameters and of the costs: (n, k) each."""
-    agree = (these.options @ those.options.T).astype(np.intp)
-    products = these.counts @ those.counts.T
-    apart = _squared(these.counts, those.counts).astype(np.intp)
-    by_agree, by_apart = _tables(these.parameters)  # looked up: an exponential takes longer
-    parameters = by_agree[agree] + by_apart[apart] + _trend(products, these.parameters)
+    n, p = these.parameters, Process.P
+    agree = these.options @ those.options.T
+    apart = _squared(these.counts, those.counts)
+    parameters = _looked_up(lambda k: np.exp(-p * (1.0 - k / n)), agree)
+    parameters = parameters + _looked_up(lambda k: np.exp(-p * (np.sqrt(k / 2) / n)), apart)
+    parameters += _trend(these.counts @ those.counts.T, n)
     costs = _squared(these.costs, those.costs)
     return parameters, np.exp(-0.5 * costs / Process.WIDTH**2)
 

@@ -178,11 +178,11 @@ def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
     n, p = these.parameters, Process.P
     agree = these.options @ those.options.T
     apart = _squared(these.counts, those.counts)
-    parameters = _looked_up(lambda k: np.exp(-p * (1.0 - k / n)), agree)
-    parameters = parameters + _looked_up(lambda k: np.exp(-p * (np.sqrt(k / 2) / n)), apart)
-    parameters += _trend(these.counts @ those.counts.T, n)
-    costs = _squared(these.costs, those.costs)
-    return parameters, np.exp(-0.5 * costs / Process.WIDTH**2)
+    by_agree = _looked_up(lambda k: np.exp(-p * (1.0 - k / n)), agree)
+    by_apart = _looked_up(lambda k: np.exp(-p * (np.sqrt(k / 2) / n)), apart)
+    trend = _trend(these.counts @ those.counts.T, n)
+    costs = np.exp(-0.5 * _squared(these.costs, those.costs) / Process.WIDTH**2)
+    return by_agree + by_apart + trend, costs
 
 
 def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:

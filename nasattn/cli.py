@@ -71,14 +71,16 @@ def search(
     ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
+    from nasattn.search.study import find_study, free_name
+
     loaded = _experiment(experiment, storage)
     if new_study:
-        from nasattn.search.study import free_name
-
         name = free_name(loaded.storage, loaded.study)
         print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
         loaded = loaded.model_copy(update={"study": name})
-    _search(loaded, trials, workers, launcher, launcher_option)
+    with _loading():
+        found = find_study(loaded.storage, loaded.study)
+    _search(loaded, found, trials, workers, launcher, launcher_option)
 
 
 @app.command()
@@ -93,15 +95,8 @@ def resume(
     launcher_option: LauncherOptions = None,
 ) -> None:
     """Go on with a study from its database alone: the experiment is stored in it."""
-    from nasattn.search.study import load_study
-
-    found = load_study(storage, study)
-    if found.complete(trials or found.config.search.trials):
-        found.write_frontier()
-        print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
-        _print_results(found)
-    else:
-        _search(found.config, trials, workers, launcher, launcher_option)
+    found = _study(None, storage, study)
+    _search(found.config, found, trials, workers, launcher, launcher_option)
 
 
 @app.command()
@@ -330,25 +325,35 @@ def blocks(
 
 def _search(
     experiment: "Experiment",
+    found: "Study | None",
     trials: int | None,
     workers: int | None,
     launcher: str,
     options: list[str] | None,
 ) -> None:
-    from nasattn.search.display import Display
-    from nasattn.search.loop import Search
-    from nasattn.search.workers import launcher as launcher_of
-    from nasattn.search.workers import search_with
-
     signal.signal(signal.SIGTERM, _interrupter())
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
-    display = Display(_console())
-    start = launcher_of(launcher, options or [], experiment, display.note)
+    if found and found.complete(experiment, total):
+        found.write_frontier()
+        print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
+        _print_results(found)
+        return
+
+    with _loading():
+        from nasattn.search.display import Display
+        from nasattn.search.loop import Search
+        from nasattn.search.workers import launcher as launcher_of
+        from nasattn.search.workers import search_with
+
+        display = Display(_console())
+        start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
-            study = search_with(experiment, total, count, display, start)
+            study = search_with(experiment, total, count, display, start, found)
         else:
-            study = Search(experiment, display).run(total)
+            with _loading():
+                search = Search(experiment, display, found)
+            study = search.run(total)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -377,6 +382,20 @@ def _interrupter() -> "Callable[[int, Any], None]":
     return interrupt
 
 
+@contextlib.contextmanager
+def _loading() -> "Iterator[None]":
+    """While what is loaded stays: the garbage collector's passes over it took a fifth of a start,
+    and each later one would look at all of it again."""
+    import gc
+
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _experiment(path: Path, storage: str | None = None) -> "Experiment":
     from nasattn.config import Experiment, storage_url
 
@@ -390,16 +409,17 @@ def _experiment(path: Path, storage: str | None = None) -> "Experiment":
 
 
 def _study(experiment: Path | None, storage: str | None, name: str | None) -> "Study":
-    from nasattn.search.study import load_study
-
     if experiment is not None:
         if name is not None:
             raise UserError("give EXPERIMENT.yaml, or --storage and --study, not both")
         loaded = _experiment(experiment, storage)
-        return load_study(loaded.storage, loaded.study)
+        storage, name = loaded.storage, loaded.study
     if storage is None or name is None:
         raise UserError("which study? Give EXPERIMENT.yaml, or both --storage URL and --study NAME")
-    return load_study(storage, name)
+    with _loading():
+        from nasattn.search.study import load_study
+
+        return load_study(storage, name)
 
 
 def _print_summary(summary: "dict[str, Any]") -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -23,6 +22,8 @@ class Estimate:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
         """Student's t interval of the mean: mean ± t(n - 1) s / sqrt(n). Not cut off at 0 or 1."""
+        from scipy.special import stdtrit  # not at the top: half a second, for this alone
+
         n, mean = len(values), float(np.mean(values))
         if n < 2:
             return cls(mean=mean, low=None, high=None, n=n)

@@ -235,7 +235,7 @@ def test_two_workers_halve_one_study(tmp_path: Path) -> None:
     study = searching(tmp_path, sampler="random").study
     assert len({t.architecture.key for t in study.trials}) == len(study.trials) == TRIALS
     assert {t.state for t in study.trials} == {"scored", "stopped"}
-    assert study.complete(TRIALS), "nobody is left who should go on"
+    assert study.complete(study.config, TRIALS), "nobody is left who should go on"
 
 
 def test_small_populations_keep_parents_that_were_promoted(tmp_path: Path) -> None:

@@ -47,9 +47,12 @@ def space_facts(pricing: Pricing, limits: Mapping[str, float]) -> dict[str, Any]
 
 
 class Search:
-    """One process's work on a study, alone or beside others."""
+    """One process's work on a study, alone or beside others. found: the study, where it has been
+    read already."""
 
-    def __init__(self, experiment: Experiment, display: Display) -> None:
+    def __init__(
+        self, experiment: Experiment, display: Display, found: Study | None = None
+    ) -> None:
         self.experiment, self.display = experiment, display
         self.space = SearchSpace.of(experiment.space)
         self.pricing = Pricing.of(experiment, self.space)
@@ -61,7 +64,7 @@ class Search:
         self.data.loader("train", experiment.training.batch_size, 0)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts)
-        self.study = open_study(experiment, space_facts(self.pricing, limits), self.gate)
+        self.study = open_study(experiment, space_facts(self.pricing, limits), self.gate, found)
         share(self.study, store, self.display.note)
         self.evaluator = Evaluator(
             experiment,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import ArrayLike
+from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
@@ -46,16 +47,9 @@ STATES: Mapping[TrialState, State] = {
     TrialState.WAITING: "running",
 }
 # What may change between two runs of one study: neither decides what is proposed or how it is
-# judged.
-FREE = (
-    "search.trials",
-    "search.workers",
-    "storage",
-    "artifacts",
-    "final",
-    "final.seeds",
-    "final.test",
-)
+# judged. The first three do not even leave something to do for a study that is complete.
+RUN = ("search.trials", "search.workers", "storage")
+FREE = (*RUN, "artifacts", "final", "final.seeds", "final.test")
 
 
 class Study:
@@ -206,12 +200,13 @@ class Study:
         final = self.final(trials)
         return final is None or final["done"] == final["evaluations"]
 
-    def complete(self, total: int) -> bool:
-        """Whether a search of so many trials would change nothing: it is over, no trial waits, and
-        it is told to have as many already."""
+    def complete(self, experiment: Experiment, total: int) -> bool:
+        """Whether a search for `experiment` of so many trials would change nothing: it is over, no
+        trial waits, and it was asked for the same already."""
+        if self.config.search.trials != total or _edits(self, experiment, RUN):
+            return False
         trials = self.trials
-        told = self.config.search.trials == total
-        return told and finished(trials) == len(trials) and self.over(total, trials)
+        return finished(trials) == len(trials) and self.over(total, trials)
 
     def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:
         """The stopped trial that should go on next."""
@@ -357,14 +352,21 @@ def finished(trials: Sequence[Trial]) -> int:
     return sum(t.state in FINISHED for t in trials)
 
 
+def _known(storage: str) -> tuple[RDBStorage | None, list[str]]:
+    """The database where it exists, and its studies' names."""
+    path = sqlite_path(storage)
+    if path and not path.exists():
+        return None, []
+    database = connect(storage)
+    return database, [s.study_name for s in database.get_all_studies()]
+
+
 def load_study(storage: str, name: str) -> Study:
     """A study from its database; a UserError when either is not there."""
     storage = checked_url(storage)
-    path = sqlite_path(storage)
-    if path and not path.exists():
+    database, names = _known(storage)
+    if database is None:
         raise UserError(f"there is no database {shown(storage)}")
-    database = connect(storage)
-    names = [s.study_name for s in database.get_all_studies()]
     if name not in names:
         raise UserError(
             f"{shown(storage)} has no study '{name}'; it has: {', '.join(names) or 'none'}"
@@ -373,13 +375,40 @@ def load_study(storage: str, name: str) -> Study:
     return Study(optuna.load_study(study_name=name, storage=database), storage)
 
 
+def find_study(storage: str, name: str) -> Study | None:
+    """A study from its database; None when it is not there, or has just been created."""
+    storage = checked_url(storage)
+    database, names = _known(storage)
+    if database is None or name not in names:
+        return None
+    study = optuna.load_study(study_name=name, storage=database)
+    return Study(study, storage) if FACTS in study.user_attrs else None
+
+
 def open_study(
-    experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
+    experiment: Experiment,
+    facts: Mapping[str, Any],
+    sampler: optuna.samplers.BaseSampler,
+    found: Study | None = None,
 ) -> Study:
-    """The experiment's study, made now or found in its database.
+    """The experiment's study, made now or found in its database; found: what `find_study` gave.
 
     A UserError when it is there with another experiment: the differences are shown.
     """
+    opened = found or _opened(experiment, facts, sampler)
+    opened.optuna.sampler = sampler
+    if grown := _grow(opened, experiment, facts):
+        # Loaded anew: Optuna keeps the trials and the choices that it has read.
+        database = opened.optuna._storage
+        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
+        opened = Study(study, opened.storage)
+        opened.notes.append(grown)
+    return opened
+
+
+def _opened(
+    experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
+) -> Study:
     storage = checked_url(experiment.storage)
     path = sqlite_path(storage)
     if path:
@@ -393,13 +422,13 @@ def open_study(
     if FACTS not in study.user_attrs and adopted:
         kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
         study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
-    opened = Study(study, storage)
-    if grown := _grow(opened, experiment, facts):
-        # Loaded anew: Optuna keeps the trials and the choices that it has read.
-        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
-        opened = Study(study, storage)
-        opened.notes.append(grown)
-    return opened
+    return Study(study, storage)
+
+
+def _edits(study: Study, experiment: Experiment, free: Sequence[str]) -> list[str]:
+    """What the experiment has otherwise than the study, but for keys that are free."""
+    lines = differences(study.config.as_dict(), experiment.as_dict())
+    return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 
 
 def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
@@ -407,13 +436,9 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
 
     A UserError for any other edit: what differs, and the ways out.
     """
-    old, edited = study.facts, experiment.as_dict()
-    edits = [
-        line
-        for line in differences(study.config.as_dict(), edited)
-        if not line.startswith(tuple(f"{key}: " for key in FREE))
-    ]
-    new = {**old, **facts, "experiment": old["experiment"] | {"space": edited["space"]}}
+    old, edits = study.facts, _edits(study, experiment, FREE)
+    space = experiment.as_dict()["space"]
+    new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
     lost = losses(old, new)
     if lost or not all(line.startswith(GROWING) for line in edits):
         raise UserError(
@@ -437,11 +462,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
 
 def free_name(storage: str, name: str) -> str:
     """The name, or NAME-2 and so on, that no study of the database has."""
-    storage = checked_url(storage)
-    path = sqlite_path(storage)
-    taken = set[str]()
-    if path is None or path.exists():
-        taken = {s.study_name for s in connect(storage).get_all_studies()}
+    _, taken = _known(checked_url(storage))
     return next(
         n
         for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))

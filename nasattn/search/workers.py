@@ -133,12 +133,13 @@ def search_with(
     count: int,
     display: Display,
     launcher: Launcher | None = None,
+    found: Study | None = None,
 ) -> Study:
-    """Go on until the study has `total` finished trials, by `count` workers.
+    """Go on until the study has `total` finished trials, by `count` workers. found: see Search.
 
     Raises Stopped with the last worker's words when all have ended before.
     """
-    search = Search(experiment, display)
+    search = Search(experiment, display, found)
     study = search.study
     total = search.plan(total)
     if study.over(total):

@@ -333,7 +333,9 @@ def _search(
 ) -> None:
     signal.signal(signal.SIGTERM, _interrupter())
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
-    if found and found.complete(experiment, total):
+    with _loading():
+        complete = found and found.complete(experiment, total)
+    if found and complete:
         found.write_frontier()
         print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
         _print_results(found)
@@ -419,7 +421,9 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
     with _loading():
         from nasattn.search.study import load_study
 
-        return load_study(storage, name)
+        found = load_study(storage, name)
+        found.frontier()  # reads all trials, which stay read
+    return found
 
 
 def _print_summary(summary: "dict[str, Any]") -> None:

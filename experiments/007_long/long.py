@@ -2,7 +2,8 @@
 
     python long.py make runs/long.db [--trials 5000]    writes it, in seconds
     python long.py measure runs/long.db                 processor seconds of each command
-    python long.py loop runs/long.db [--trials 20]      of the first proposal, of each trial
+    python long.py loop runs/long.db [--trials 20]      of `nasattn resume` to its first proposal,
+                                                        and of each trial
     python long.py grow runs/long.db                    of a new block taken up by the study
 
 search_spaces/mobilenet_v2.yaml (17 sites by 11 options, 5e17 architectures), budget 1.25x. The rows
@@ -10,6 +11,7 @@ are those that a search writes, but for their accuracy, which a formula gives.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -224,34 +226,43 @@ class Formula:
         return 0.0
 
 
-def loop(database: Path, name: str, trials: int, profiled: bool) -> None:
-    """Go on with the study in this process: seconds until the first proposal, and of each trial."""
-    import cProfile
-    import pstats
-
-    from rich.console import Console
-
-    from nasattn.search.display import Display
-    from nasattn.search.loop import Search
+def loop(database: Path, name: str, trials: int) -> None:
+    """`nasattn resume` in a process of its own, with a formula for the training."""
     from nasattn.search.study import finished, load_study
 
-    began = time.process_time()
-    study = load_study(f"sqlite:///{database.resolve()}", name)
-    done = finished(study.trials)
-    search = Search(study.config, Display(Console(quiet=True)))
-    search.evaluator = evaluator = Formula()
-    profile = cProfile.Profile()
-    run = profile.runcall if profiled else lambda f, *a: f(*a)
-    run(search.run, done + trials)
-    first = evaluator.began[0] - began
-    each = [b - a for a, b in itertools.pairwise(evaluator.began)]
-    print(
-        f"{done} trials: {first:.2f} s to the first proposal, {statistics.median(each):.3f} s each"
+    storage = f"sqlite:///{database.resolve()}"
+    done = finished(load_study(storage, name).trials)
+    arguments = ["resume", "--storage", storage, "--study", name, "--trials", str(done + trials)]
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from nasattn import cli\n"
+        "with cli._loading(): import long\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "long.resume()"
     )
+    print(f"{done} trials: ", end="", flush=True)
+    quiet = subprocess.DEVNULL
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=quiet)
+
+
+def resume() -> None:
+    """The command line of this process; seconds to the first proposal, the imports included, and of
+    each trial, on standard error."""
+    from nasattn import cli
+    from nasattn.search import loop
+
+    evaluator = Formula()
+    loop.Evaluator = lambda *_, **__: evaluator  # type: ignore[assignment, misc]
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    each = [b - a for a, b in itertools.pairwise(evaluator.began)]
+    first, median, trials = evaluator.began[0], statistics.median(each), len(evaluator.began)
     parts = [statistics.median(evaluator.memory[i : i + 10]) for i in (0, trials // 2, trials - 10)]
-    print("memory at the start, middle and end:", *(f"{part:.0f} MiB" for part in parts))
-    if profiled:
-        pstats.Stats(profile).sort_stats("cumulative").print_stats(50)
+    print(
+        f"{first:.2f} s to the first proposal, {median:.3f} s each; memory at start, middle, "
+        f"end {', '.join(f'{part:.0f}' for part in parts)} MiB",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:
@@ -260,7 +271,6 @@ def main() -> None:
     parser.add_argument("database", type=Path)
     parser.add_argument("--study", default="long")
     parser.add_argument("--trials", type=int)
-    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     if args.what == "make":
         make(args.database, args.study, args.trials or 5000)
@@ -269,7 +279,7 @@ def main() -> None:
     elif args.what == "grow":
         grow(args.database, args.study)
     else:
-        loop(args.database, args.study, args.trials or 20, args.profile)
+        loop(args.database, args.study, args.trials or 20)
 
 
 if __name__ == "__main__":

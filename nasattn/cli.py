@@ -16,8 +16,6 @@ from nasattn.errors import Stopped, TrialFailed, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from rich.console import Console
-
     from nasattn.config import Experiment
     from nasattn.search.study import Study
 
@@ -107,12 +105,14 @@ def pareto(
     as_json: AsJson = False,
 ) -> None:
     """Print the Pareto frontier, the plain backbone first."""
+    from nasattn.tables import print_final, print_frontier
+
     found = _study(experiment, storage, study)
     if as_json:
         _json(found.frontier_rows())
     else:
-        _print_frontier(found)
-        _print_final(found)
+        print_frontier(found)
+        print_final(found)
 
 
 @app.command()
@@ -128,20 +128,21 @@ def status(
     from nasattn.search.display import Display
     from nasattn.search.watch import Follower
     from nasattn.search.watch import watch as follow
+    from nasattn.tables import console, print_summary
 
-    found, console = _study(experiment, storage, study), _console()
+    found, terminal = _study(experiment, storage, study), console()
     if as_json and watch:
         raise UserError("--watch is for people; --json prints the state once")
     if as_json:
         _json(found.summary())
     elif watch:
-        follow(found, Display(console), interval)
-    elif console.is_terminal:
-        display = Display(console)
+        follow(found, Display(terminal), interval)
+    elif terminal.is_terminal:
+        display = Display(terminal)
         Follower(found, display).look()
-        console.print(display.panel())
+        terminal.print(display.panel())
     else:
-        _print_summary(found.summary())
+        print_summary(found.summary())
 
 
 @app.command()
@@ -173,11 +174,12 @@ def export(
     from nasattn.export import ExportRefused, check_export, export_trial
     from nasattn.search.display import Display
     from nasattn.search.loop import weights_of_trial
+    from nasattn.tables import console
 
     found = _study(experiment, storage, study)
     trial = found.select(select)
     check_export(out)
-    weights = weights_of_trial(found, trial, Display(_console()))
+    weights = weights_of_trial(found, trial, Display(console()))
     try:
         print(export_trial(found, trial, weights, out))
     except ExportRefused as error:
@@ -260,13 +262,14 @@ def cost(
 ) -> None:
     """Print what a network costs, or an experiment's baseline, budget and single insertions."""
     from nasattn.quote import parse_shape, quote
+    from nasattn.tables import print_costs
 
     found = quote(target, parse_shape(shape))
     if as_json:
         _json(found)
         return
     rows = found.get("by_block", found["by_site"]) if by_site or "limits" in found else []
-    _print_costs(rows, found["cost"])
+    print_costs(rows, found["cost"])
     for key, text in found["notes"].items():
         print(f"{key}: {text}")
 
@@ -315,12 +318,13 @@ def blocks(
 ) -> None:
     """List the attention blocks: paper, options, and what each costs on one map."""
     from nasattn.cost.blocks import block_rows, parse_shape
+    from nasattn.tables import print_blocks
 
     rows = block_rows(parse_shape(shape))
     if as_json:
         _json(rows)
     else:
-        _print_blocks(rows)
+        print_blocks(rows)
 
 
 def _search(
@@ -331,6 +335,8 @@ def _search(
     launcher: str,
     options: list[str] | None,
 ) -> None:
+    from nasattn.tables import console, print_results
+
     signal.signal(signal.SIGTERM, _interrupter())
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
     with _loading():
@@ -338,7 +344,7 @@ def _search(
     if found and complete:
         found.write_frontier()
         print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
-        _print_results(found)
+        print_results(found)
         return
 
     with _loading():
@@ -347,7 +353,7 @@ def _search(
         from nasattn.search.workers import launcher as launcher_of
         from nasattn.search.workers import search_with
 
-        display = Display(_console())
+        display = Display(console())
         start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
@@ -359,14 +365,7 @@ def _search(
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
-    _print_results(study)
-
-
-def _print_results(study: "Study") -> None:
-    _print_frontier(study)
-    _print_final(study)
-    print(f"files: {study.folder}")
-    print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
+    print_results(study)
 
 
 def _interrupter() -> "Callable[[int, Any], None]":
@@ -426,112 +425,6 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
     return found
 
 
-def _print_summary(summary: "dict[str, Any]") -> None:
-    """A line for each, whole: for files and pipes."""
-    if final := summary["final"]:
-        done = f"{final['done']} of {final['evaluations']} evaluations"
-        summary = summary | {"final": done}
-    for key, value in summary.items():
-        if key not in ("workers", "failures"):
-            print(f"{key:>12}  {value}")
-    for worker in summary["workers"]:
-        print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")
-    for failure in summary["failures"]:
-        print(f"  trial {failure['number']} failed: {failure['reason']}")
-
-
-def _print_costs(rows: "list[dict[str, Any]]", total: "dict[str, Any]") -> None:
-    from rich.table import Table
-
-    table = Table(box=None)
-    table.add_column("")
-    for metric in total:
-        table.add_column(metric, justify="right")
-    for row in rows:
-        place = row.get("site") or row["block"]
-        detail = row.get("spec") or "x".join(map(str, row["output"]))
-        over = "" if row.get("fits", True) else "  over budget"
-        figures = (f"{row['cost'][m]:,.10g}" for m in total)
-        table.add_row(f"{place}  {detail}{over}", *figures)
-    table.add_row("the network", *(f"{value:,.10g}" for value in total.values()))
-    _console().print(table)
-
-
-def _print_frontier(study: "Study") -> None:
-    from rich.table import Table
-
-    from nasattn.search.display import placed
-
-    trials = study.trials
-    front = study.frontier(trials)
-    baseline = [t for t in trials if t.baseline and t.score]
-    knee = study.knee(trials).number if front else None
-    table = Table(box=None, title=f"frontier of {study.name}", title_justify="left")
-    metrics = list(study.facts["plain"])
-    for column in ("trial", "accuracy", *metrics, "blocks"):
-        table.add_column(column, justify="left" if column == "blocks" else "right")
-    for trial in baseline + [t for t in front if not t.baseline]:
-        assert trial.score is not None
-        score = f"{trial.score.accuracy:.4f}" if trial.score.spread is None else trial.score.text
-        costs = []
-        for metric in metrics:
-            value, plain = trial.cost.values[metric], study.facts["plain"][metric]
-            ratio = f" ({value / plain:.3f}x)" if metric in study.config.costs else ""
-            costs.append(f"{value:,.10g}{ratio}")
-        name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
-        table.add_row(name, score, *costs, placed(trial.architecture.specs))
-    _console().print(table)
-    if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
-        print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
-
-
-def _print_final(study: "Study") -> None:
-    from rich.table import Table
-
-    from nasattn.search import final_text
-
-    final = study.final()
-    if not final or not final["done"]:
-        return
-    head, *rows = final_text.table(final)
-    shown = Table(box=None, title=final_text.title(study.name, final), title_justify="left")
-    for column in head:
-        shown.add_column(column, justify="left" if column == "blocks" else "right")
-    for row in rows:
-        shown.add_row(*row)
-    _console().print("", shown, markup=False)
-    for line in final_text.notes(final):
-        print(line)
-
-
-def _print_blocks(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    size = "x".join(map(str, rows[0]["shape"]))
-    figures = Table(box=None, title=f"on one map of {size}, default options", title_justify="left")
-    options = Table(box=None)
-    metrics = {"params": "params", "macs": "MACs", "map_elements": "map elements"}
-    for column in ("block", "identity by"):
-        figures.add_column(column)
-    for column in metrics.values():
-        figures.add_column(column, justify="right")
-    for column in ("option", "default", "allowed"):
-        options.add_column(column, no_wrap=column != "allowed")
-    for row in rows:
-        costs = ["-" if row[m] is None else f"{row[m]:,}" for m in metrics]
-        figures.add_row(row["block"], row["identity"], *costs)
-        for option, rule in row["options"].items():
-            shown = json.dumps(rule["default"]).strip('"')
-            options.add_row(f"{row['block']}.{option}", shown, rule["allowed"])
-    console = _console()
-    for row in rows:
-        console.print(f"{row['block']:>14}  {row['title']} ({row['year']})", highlight=False)
-    console.print("", options, "", figures)
-    for row in rows:
-        if row["reason"]:
-            print(f"- {row['reason']}")
-
-
 @contextlib.contextmanager
 def _counting(text: str) -> "Iterator[Callable[[float, int, float], None]]":
     """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
@@ -557,13 +450,6 @@ def _counting(text: str) -> "Iterator[Callable[[float, int, float], None]]":
                 print(f"{text}  {done:.0f}/{total}  noise {noise:.0%}", file=sys.stderr)
 
         yield tell
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # A file or a pipe has no width: lines there are as long as they need to be.
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
 
 
 def _json(value: Any) -> None:

@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"evaluate"},
     {"search"},
-    {"export", "report"},
+    {"export", "report", "tables"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -54,7 +54,7 @@ OWNERS: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "ray": {"search.ray_launcher"},
     "submitit": {"search.slurm_launcher"},
-    "rich": {"search.display", "cli"},
+    "rich": {"search.display", "tables", "cli"},
     "typer": {"cli"},
     "torchvision": set(),
     "timm": set(),

@@ -1,0 +1,118 @@
+"""What the commands print for people: tables, and a line for each fact."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nasattn.search import final_text
+from nasattn.search.display import placed
+from nasattn.search.study import Study
+
+
+def print_results(study: Study) -> None:
+    print_frontier(study)
+    print_final(study)
+    print(f"files: {study.folder}")
+    print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
+
+
+def print_frontier(study: Study) -> None:
+    trials = study.trials
+    front = study.frontier(trials)
+    baseline = [t for t in trials if t.baseline and t.score]
+    knee = study.knee(trials).number if front else None
+    table = Table(box=None, title=f"frontier of {study.name}", title_justify="left")
+    metrics = list(study.facts["plain"])
+    for column in ("trial", "accuracy", *metrics, "blocks"):
+        table.add_column(column, justify="left" if column == "blocks" else "right")
+    for trial in baseline + [t for t in front if not t.baseline]:
+        assert trial.score is not None
+        score = f"{trial.score.accuracy:.4f}" if trial.score.spread is None else trial.score.text
+        costs = []
+        for metric in metrics:
+            value, plain = trial.cost.values[metric], study.facts["plain"][metric]
+            ratio = f" ({value / plain:.3f}x)" if metric in study.config.costs else ""
+            costs.append(f"{value:,.10g}{ratio}")
+        name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
+        table.add_row(name, score, *costs, placed(trial.architecture.specs))
+    console().print(table)
+    if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
+        print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
+
+
+def print_final(study: Study) -> None:
+    final = study.final()
+    if not final or not final["done"]:
+        return
+    head, *rows = final_text.table(final)
+    shown = Table(box=None, title=final_text.title(study.name, final), title_justify="left")
+    for column in head:
+        shown.add_column(column, justify="left" if column == "blocks" else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console().print("", shown, markup=False)
+    for line in final_text.notes(final):
+        print(line)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """A line for each, whole: for files and pipes."""
+    if final := summary["final"]:
+        done = f"{final['done']} of {final['evaluations']} evaluations"
+        summary = summary | {"final": done}
+    for key, value in summary.items():
+        if key not in ("workers", "failures"):
+            print(f"{key:>12}  {value}")
+    for worker in summary["workers"]:
+        print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")
+    for failure in summary["failures"]:
+        print(f"  trial {failure['number']} failed: {failure['reason']}")
+
+
+def print_costs(rows: Sequence[Mapping[str, Any]], total: Mapping[str, Any]) -> None:
+    table = Table(box=None)
+    table.add_column("")
+    for metric in total:
+        table.add_column(metric, justify="right")
+    for row in rows:
+        place = row.get("site") or row["block"]
+        detail = row.get("spec") or "x".join(map(str, row["output"]))
+        over = "" if row.get("fits", True) else "  over budget"
+        figures = (f"{row['cost'][m]:,.10g}" for m in total)
+        table.add_row(f"{place}  {detail}{over}", *figures)
+    table.add_row("the network", *(f"{value:,.10g}" for value in total.values()))
+    console().print(table)
+
+
+def print_blocks(rows: Sequence[Mapping[str, Any]]) -> None:
+    size = "x".join(map(str, rows[0]["shape"]))
+    figures = Table(box=None, title=f"on one map of {size}, default options", title_justify="left")
+    options = Table(box=None)
+    metrics = {"params": "params", "macs": "MACs", "map_elements": "map elements"}
+    for column in ("block", "identity by"):
+        figures.add_column(column)
+    for column in metrics.values():
+        figures.add_column(column, justify="right")
+    for column in ("option", "default", "allowed"):
+        options.add_column(column, no_wrap=column != "allowed")
+    for row in rows:
+        costs = ["-" if row[m] is None else f"{row[m]:,}" for m in metrics]
+        figures.add_row(row["block"], row["identity"], *costs)
+        for option, rule in row["options"].items():
+            shown = json.dumps(rule["default"]).strip('"')
+            options.add_row(f"{row['block']}.{option}", shown, rule["allowed"])
+    for row in rows:
+        console().print(f"{row['block']:>14}  {row['title']} ({row['year']})", highlight=False)
+    console().print("", options, "", figures)
+    for row in rows:
+        if row["reason"]:
+            print(f"- {row['reason']}")
+
+
+def console() -> Console:
+    # A file or a pipe has no width: lines there are as long as they need to be.
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)

@@ -13,7 +13,7 @@ _HOMES = {
     "SearchSpace": "nasattn.space",
     "build": "nasattn.model",
     "insert": "nasattn.model",
-    "load_study": "nasattn.search.study",
+    "load_study": "nasattn.search.opening",
     "measure": "nasattn.cost",
 }
 _MODULES = ("blocks", "search")
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nasattn.architecture import Architecture
     from nasattn.cost import measure
     from nasattn.model import build, insert
-    from nasattn.search.study import load_study
+    from nasattn.search.opening import load_study
     from nasattn.space import SearchSpace
 
 

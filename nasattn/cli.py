@@ -69,7 +69,7 @@ def search(
     ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
-    from nasattn.search.study import find_study, free_name
+    from nasattn.search.opening import find_study, free_name
 
     loaded = _experiment(experiment, storage)
     if new_study:
@@ -418,7 +418,7 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
     if storage is None or name is None:
         raise UserError("which study? Give EXPERIMENT.yaml, or both --storage URL and --study NAME")
     with _loading():
-        from nasattn.search.study import load_study
+        from nasattn.search.opening import load_study
 
         found = load_study(storage, name)
         found.frontier()  # reads all trials, which stay read

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nasattn import __version__
 from nasattn.document import dump_yaml
 from nasattn.errors import UserError
+from nasattn.files import make_folder
 from nasattn.model import build
 from nasattn.record import Trial
-from nasattn.search.study import Study, accuracy, make_folder
+from nasattn.search.study import Study, accuracy
 
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
 BATCHES = (1, 3)

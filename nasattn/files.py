@@ -1,8 +1,11 @@
 """The files of a study, for whoever writes and reads them: on this disk, and perhaps elsewhere."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
+
+from nasattn.errors import UserError
 
 
 class Files:
@@ -35,3 +38,18 @@ class Files:
         """What is not the same any more when a file there, or in a folder there, was written."""
         inner = [file for path in paths for file in (path, *sorted(path.rglob("*")))]
         return [[file.name, file.stat().st_mtime_ns] for file in inner if file.is_file()]
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    make_folder(path.parent)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

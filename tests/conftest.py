@@ -17,7 +17,8 @@ from nasattn.architecture import NONE, Architecture
 from nasattn.config import Experiment
 from nasattn.pricing import Pricing
 from nasattn.record import Score
-from nasattn.search.study import FACTS, REASON, SCORE, Study, claim, open_study
+from nasattn.search.opening import open_study
+from nasattn.search.study import FACTS, REASON, SCORE, Study, claim
 from nasattn.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ from nasattn.cli import main
 from nasattn.config import Experiment
 from nasattn.errors import UserError
 from nasattn.search.database import connect
+from nasattn.search.opening import open_study
 from nasattn.search.rows import Database
-from nasattn.search.study import FACTS, Study, open_study
+from nasattn.search.study import FACTS, Study
 
 FIELDS: dict[str, Any] = {
     "study": "shared",

@@ -22,7 +22,8 @@ from nasattn.data import load
 from nasattn.errors import UserError
 from nasattn.export import ExportRefused, check_export, export_trial
 from nasattn.record import Trial
-from nasattn.search.study import Study, load_study
+from nasattn.search.opening import load_study
+from nasattn.search.study import Study
 
 NAMES = ["README.md", "architecture.yaml", "model.onnx", "weights.safetensors"]
 WHY = "the export's packages are not installed: pip install 'nasattn[export]'"

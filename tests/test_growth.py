@@ -24,8 +24,9 @@ from nasattn.config import Experiment
 from nasattn.errors import UserError
 from nasattn.search import growth, lease
 from nasattn.search.growth import grow
+from nasattn.search.opening import free_name, load_study
 from nasattn.search.samplers import SAMPLERS
-from nasattn.search.study import FACTS, Study, free_name, load_study
+from nasattn.search.study import FACTS, Study
 from nasattn.space import SearchSpace
 
 SMALL = SPACE | {
@@ -224,8 +225,8 @@ def test_a_kill_in_the_middle_leaves_the_old_state(write: Write, statement: int)
         "def grow(engine, *a):\n"
         "    event.listen(engine, 'after_cursor_execute', die)\n"
         "    real(engine, *a)\n"
-        "from nasattn.search import study\n"
-        "study.grow = grow\n"
+        "from nasattn.search import opening\n"
+        "opening.grow = grow\n"
         "searching(__import__('pathlib').Path(sys.argv[1]))\n"
     )
     killed = subprocess.run(

@@ -30,9 +30,9 @@ from nasattn.pricing import Pricing
 from nasattn.record import Score
 from nasattn.search import lease, loop, outage, workers
 from nasattn.search import stopping as halving
+from nasattn.search.database import connect
 from nasattn.search.display import Display
 from nasattn.search.lease import Lease, Leases, Watch
-from nasattn.search.study import connect
 from nasattn.space import SearchSpace
 
 __all__ = ["write"]

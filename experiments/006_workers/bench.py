@@ -213,7 +213,7 @@ def run_crew(
     from rich.console import Console
 
     from nasattn.search.display import Display
-    from nasattn.search.study import load_study
+    from nasattn.search.opening import load_study
     from nasattn.search.workers import Local, search_with
 
     class Benched(Local):
@@ -296,7 +296,7 @@ def main() -> None:
         from rich.console import Console
 
         from nasattn.search.display import Display
-        from nasattn.search.study import load_study
+        from nasattn.search.opening import load_study
 
         study = load_study(os.environ["NASATTN_STORAGE"], args.study)
         work(study.config, args.trials, Display(Console()))

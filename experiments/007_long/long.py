@@ -67,7 +67,7 @@ def score(architecture: Architecture) -> Score:
 
 def opened(settings: Experiment) -> tuple[Any, SearchSpace, Pricing, dict[str, float]]:
     from nasattn.search.loop import space_facts
-    from nasattn.search.study import open_study
+    from nasattn.search.opening import open_study
 
     space = SearchSpace.of(settings.space)
     pricing = Pricing.of(settings, space)
@@ -228,7 +228,8 @@ class Formula:
 
 def loop(database: Path, name: str, trials: int) -> None:
     """`nasattn resume` in a process of its own, with a formula for the training."""
-    from nasattn.search.study import finished, load_study
+    from nasattn.search.opening import load_study
+    from nasattn.search.study import finished
 
     storage = f"sqlite:///{database.resolve()}"
     done = finished(load_study(storage, name).trials)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from nasattn.architecture import NONE
 from nasattn.errors import UserError
+from nasattn.files import make_folder
 from nasattn.pareto import non_dominated
 from nasattn.record import Trial
 from nasattn.report.drawing import (
@@ -29,7 +30,7 @@ from nasattn.report.drawing import (
 )
 from nasattn.report.final import final_figure
 from nasattn.search.display import counted, placed
-from nasattn.search.study import Study, accuracy, make_folder
+from nasattn.search.study import Study, accuracy
 
 
 def write_report(study: Study, folder: Path) -> list[Path]:

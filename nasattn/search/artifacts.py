@@ -38,10 +38,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from nasattn.errors import UserError
-from nasattn.files import Files
+from nasattn.files import Files, make_folder
 from nasattn.search.lease import create_table
 from nasattn.search.outage import StoreAway, cause, full, patiently
-from nasattn.search.study import Study, make_folder
+from nasattn.search.study import Study
 
 # optuna.artifacts loads every cloud's client that is installed: only where a store is used.
 if TYPE_CHECKING:

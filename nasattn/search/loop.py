@@ -19,12 +19,13 @@ from nasattn.record import Score, Trial
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
+from nasattn.search.opening import open_study
 from nasattn.search.outage import full, full_disk, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
 from nasattn.search.slots import Job, Slots, Turn, weights_file
 from nasattn.search.stopping import ParetoHalving
-from nasattn.search.study import FACTS, Study, accuracy, finished, open_study
+from nasattn.search.study import FACTS, Study, accuracy, finished
 from nasattn.space import SearchSpace
 
 WAIT = 0.5  # seconds between two looks at what the other workers do

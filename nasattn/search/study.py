@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,21 +12,17 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import ArrayLike
-from optuna.storages import RDBStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
 
-from nasattn import __version__
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment, Limit, differences
-from nasattn.errors import UserError, suggest
-from nasattn.files import Files
+from nasattn.errors import UserError
+from nasattn.files import Files, replace_file
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
-from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
+from nasattn.search.database import shown, sqlite_path
 from nasattn.search.final import evaluations, summarise
-from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
 from nasattn.search.lease import Watch, workers
 from nasattn.search.rows import Database
 from nasattn.search.stopping import ParetoHalving
@@ -46,10 +41,9 @@ STATES: Mapping[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "running",
 }
-# What may change between two runs of one study: neither decides what is proposed or how it is
-# judged. The first three do not even leave something to do for a study that is complete.
+# How a search is run: it neither decides what is proposed nor how it is judged, and leaves nothing
+# to do for a study that is complete.
 RUN = ("search.trials", "search.workers", "storage")
-FREE = (*RUN, "artifacts", "final", "final.seeds", "final.test")
 
 
 class Study:
@@ -203,10 +197,15 @@ class Study:
     def complete(self, experiment: Experiment, total: int) -> bool:
         """Whether a search for `experiment` of so many trials would change nothing: it is over, no
         trial waits, and it was asked for the same already."""
-        if self.config.search.trials != total or _edits(self, experiment, RUN):
+        if self.config.search.trials != total or self.edits(experiment, RUN):
             return False
         trials = self.trials
         return finished(trials) == len(trials) and self.over(total, trials)
+
+    def edits(self, experiment: Experiment, free: Sequence[str]) -> list[str]:
+        """What the experiment has otherwise than the study, but for the keys in `free`."""
+        lines = differences(self.config.as_dict(), experiment.as_dict())
+        return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 
     def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:
         """The stopped trial that should go on next."""
@@ -350,139 +349,6 @@ def read_trial(row: FrozenTrial) -> Trial:
 
 def finished(trials: Sequence[Trial]) -> int:
     return sum(t.state in FINISHED for t in trials)
-
-
-def _known(storage: str) -> tuple[RDBStorage | None, list[str]]:
-    """The database where it exists, and its studies' names."""
-    path = sqlite_path(storage)
-    if path and not path.exists():
-        return None, []
-    database = connect(storage)
-    return database, [s.study_name for s in database.get_all_studies()]
-
-
-def load_study(storage: str, name: str) -> Study:
-    """A study from its database; a UserError when either is not there."""
-    storage = checked_url(storage)
-    database, names = _known(storage)
-    if database is None:
-        raise UserError(f"there is no database {shown(storage)}")
-    if name not in names:
-        raise UserError(
-            f"{shown(storage)} has no study '{name}'; it has: {', '.join(names) or 'none'}"
-            f"{suggest(name, names)}"
-        )
-    return Study(optuna.load_study(study_name=name, storage=database), storage)
-
-
-def find_study(storage: str, name: str) -> Study | None:
-    """A study from its database; None when it is not there, or has just been created."""
-    storage = checked_url(storage)
-    database, names = _known(storage)
-    if database is None or name not in names:
-        return None
-    study = optuna.load_study(study_name=name, storage=database)
-    return Study(study, storage) if FACTS in study.user_attrs else None
-
-
-def open_study(
-    experiment: Experiment,
-    facts: Mapping[str, Any],
-    sampler: optuna.samplers.BaseSampler,
-    found: Study | None = None,
-) -> Study:
-    """The experiment's study, made now or found in its database; found: what `find_study` gave.
-
-    A UserError when it is there with another experiment: the differences are shown.
-    """
-    opened = found or _opened(experiment, facts, sampler)
-    opened.optuna.sampler = sampler
-    if grown := _grow(opened, experiment, facts):
-        # Loaded anew: Optuna keeps the trials and the choices that it has read.
-        database = opened.optuna._storage
-        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
-        opened = Study(study, opened.storage)
-        opened.notes.append(grown)
-    return opened
-
-
-def _opened(
-    experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
-) -> Study:
-    storage = checked_url(experiment.storage)
-    path = sqlite_path(storage)
-    if path:
-        make_folder(path.parent)
-    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-    directions = [up if o == "accuracy" else down for o in experiment.objectives]
-    database = connect(storage)
-    study = find_or_create(database, experiment.study, directions, sampler)
-    # Another process may have created it a moment ago, or died before its facts were stored.
-    adopted = study.directions == directions and not study.get_trials(deepcopy=False)
-    if FACTS not in study.user_attrs and adopted:
-        kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
-        study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
-    return Study(study, storage)
-
-
-def _edits(study: Study, experiment: Experiment, free: Sequence[str]) -> list[str]:
-    """What the experiment has otherwise than the study, but for keys that are free."""
-    lines = differences(study.config.as_dict(), experiment.as_dict())
-    return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
-
-
-def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
-    """Take up a space that has grown; what is new, or the empty string.
-
-    A UserError for any other edit: what differs, and the ways out.
-    """
-    old, edits = study.facts, _edits(study, experiment, FREE)
-    space = experiment.as_dict()["space"]
-    new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
-    lost = losses(old, new)
-    if lost or not all(line.startswith(GROWING) for line in edits):
-        raise UserError(
-            f"the experiment was edited since the study '{study.name}' began:\n"
-            + "".join(f"  {line}\n" for line in edits)
-            + (f"Its trials need what is gone: {told(lost)}.\n" if lost else "")
-            + "Undo the edits to go on with it, or start another study: give the experiment "
-            "another `study:` name, or use --new-study."
-        )
-    if not edits and new["choices"] == old["choices"]:
-        return ""
-    if busy := at_work(study.engine, study.name):
-        who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
-        raise UserError(
-            f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
-            f"study; now it is searched by {who}: stop that, then run this again"
-        )
-    grow(study.engine, study.optuna._study_id, FACTS, old, new)
-    return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
-
-
-def free_name(storage: str, name: str) -> str:
-    """The name, or NAME-2 and so on, that no study of the database has."""
-    _, taken = _known(checked_url(storage))
-    return next(
-        n
-        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        if n not in taken
-    )
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    make_folder(path.parent)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def _spans(numbers: Sequence[int]) -> str:

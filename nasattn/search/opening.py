@@ -1,0 +1,134 @@
+"""How a study is come by: found in its database, made there, or its space grown."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+
+from nasattn import __version__
+from nasattn.config import Experiment
+from nasattn.errors import UserError, suggest
+from nasattn.files import make_folder
+from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
+from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
+from nasattn.search.study import FACTS, RUN, Study
+
+# What may change between two runs of one study.
+FREE = (*RUN, "artifacts", "final", "final.seeds", "final.test")
+
+
+def _known(storage: str) -> tuple[RDBStorage | None, list[str]]:
+    """The database where it exists, and its studies' names."""
+    path = sqlite_path(storage)
+    if path and not path.exists():
+        return None, []
+    database = connect(storage)
+    return database, [s.study_name for s in database.get_all_studies()]
+
+
+def load_study(storage: str, name: str) -> Study:
+    """A study from its database; a UserError when either is not there."""
+    storage = checked_url(storage)
+    database, names = _known(storage)
+    if database is None:
+        raise UserError(f"there is no database {shown(storage)}")
+    if name not in names:
+        raise UserError(
+            f"{shown(storage)} has no study '{name}'; it has: {', '.join(names) or 'none'}"
+            f"{suggest(name, names)}"
+        )
+    return Study(optuna.load_study(study_name=name, storage=database), storage)
+
+
+def find_study(storage: str, name: str) -> Study | None:
+    """A study from its database; None when it is not there, or has just been created."""
+    storage = checked_url(storage)
+    database, names = _known(storage)
+    if database is None or name not in names:
+        return None
+    study = optuna.load_study(study_name=name, storage=database)
+    return Study(study, storage) if FACTS in study.user_attrs else None
+
+
+def open_study(
+    experiment: Experiment,
+    facts: Mapping[str, Any],
+    sampler: optuna.samplers.BaseSampler,
+    found: Study | None = None,
+) -> Study:
+    """The experiment's study, made now or found in its database; found: what `find_study` gave.
+
+    A UserError when it is there with another experiment: the differences are shown.
+    """
+    if found is None or found.optuna.user_attrs.get(FACTS) != found.facts:
+        found = _opened(experiment, facts, sampler)
+    opened = found
+    opened.optuna.sampler = sampler
+    if grown := _grow(opened, experiment, facts):
+        # Loaded anew: Optuna keeps the trials and the choices that it has read.
+        database = opened.optuna._storage
+        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
+        opened = Study(study, opened.storage)
+        opened.notes.append(grown)
+    return opened
+
+
+def _opened(
+    experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
+) -> Study:
+    storage = checked_url(experiment.storage)
+    path = sqlite_path(storage)
+    if path:
+        make_folder(path.parent)
+    up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    directions = [up if o == "accuracy" else down for o in experiment.objectives]
+    database = connect(storage)
+    study = find_or_create(database, experiment.study, directions, sampler)
+    # Another process may have created it a moment ago, or died before its facts were stored.
+    adopted = study.directions == directions and not study.get_trials(deepcopy=False)
+    if FACTS not in study.user_attrs and adopted:
+        kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
+        study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
+    return Study(study, storage)
+
+
+def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
+    """Take up a space that has grown; what is new, or the empty string.
+
+    A UserError for any other edit: what differs, and the ways out.
+    """
+    old, edits = study.facts, study.edits(experiment, FREE)
+    space = experiment.as_dict()["space"]
+    new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
+    lost = losses(old, new)
+    if lost or not all(line.startswith(GROWING) for line in edits):
+        raise UserError(
+            f"the experiment was edited since the study '{study.name}' began:\n"
+            + "".join(f"  {line}\n" for line in edits)
+            + (f"Its trials need what is gone: {told(lost)}.\n" if lost else "")
+            + "Undo the edits to go on with it, or start another study: give the experiment "
+            "another `study:` name, or use --new-study."
+        )
+    if not edits and new["choices"] == old["choices"]:
+        return ""
+    if busy := at_work(study.engine, study.name):
+        who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
+        raise UserError(
+            f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
+            f"study; now it is searched by {who}: stop that, then run this again"
+        )
+    grow(study.engine, study.optuna._study_id, FACTS, old, new)
+    return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
+
+
+def free_name(storage: str, name: str) -> str:
+    """The name, or NAME-2 and so on, that no study of the database has."""
+    _, taken = _known(checked_url(storage))
+    return next(
+        n
+        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        if n not in taken
+    )

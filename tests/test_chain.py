@@ -107,6 +107,21 @@ def test_draws_are_uniform_within_the_budget() -> None:
     assert chi2 < degrees + 4 * (2 * degrees) ** 0.5
 
 
+def test_a_chain_of_thousands_of_steps_is_drawn_from() -> None:
+    """Longer than Python's own stack is deep."""
+    costs = {"m": {"none": 0, "one": 1}}
+    one = frozenset({"one"})
+    steps = [
+        Step(name=f"s{i}", labels=("none", "one"), blocks=one, costs=costs) for i in range(3000)
+    ]
+    chain = Chain(steps, 2)
+    assert chain.size() == 1 + 3000 + 3000 * 2999 // 2
+    budget = chain.within("m", 1)
+    for row in (budget.sample(random.Random(0)), chain.sample(random.Random(0))):
+        assert len(row) == 3000 and sum(label == "one" for label in row.values()) <= 2
+    assert budget.count == 3001
+
+
 def test_a_tight_budget_of_a_huge_space_is_drawn_without_rejection() -> None:
     """17 steps of 11 labels, a budget that less than one row in a million fits."""
     rng = random.Random(0)

@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,14 @@ from nasattn.pareto import non_dominated as slow_non_dominated
 from nasattn.search import frontier
 from nasattn.search.frontier import LEARNED, START
 from nasattn.search.samplers import Exhausted, FrontierSampler
-from nasattn.search.surrogate import Inputs, Process, Undominated, log_normal, non_dominated
+from nasattn.search.surrogate import (
+    Inputs,
+    Process,
+    Undominated,
+    _looked_up,
+    log_normal,
+    non_dominated,
+)
 
 Params = dict[str, Any]
 SITES, OPTIONS = 6, ("none", "small", "wide", "deep")
@@ -190,6 +196,20 @@ def test_predictions_are_those_of_a_naive_process() -> None:
     found_mean, found_std = process._moments(inputs_of(rows[30:], costs[30:]))
     assert found_mean == pytest.approx(mean, abs=1e-9)
     assert found_std == pytest.approx(np.sqrt(np.diag(covariance) * process.scale), abs=1e-9)
+
+
+def test_a_function_of_whole_numbers_is_looked_up_only_where_they_are_few() -> None:
+    """The same values; thousands of parameters need no table of as many numbers squared."""
+    asked = list[int]()
+
+    def function(wholes: Any) -> Any:
+        asked.append(wholes.size)
+        return np.exp(-wholes / 7)
+
+    few, many = np.array([[0.0, 3.0, 1.0], [3.0, 3.0, 2.0]]), np.array([[0.0, 1e12]])
+    for wholes in (few, many):
+        assert np.array_equal(_looked_up(function, wholes), np.exp(-wholes / 7))
+    assert asked == [4, 2]
 
 
 def test_a_trend_goes_on_beyond_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,22 +431,19 @@ def test_seventeen_sites_by_eleven_options() -> None:
     def price(params: Params) -> float:
         return float(sum(params.values()))
 
-    def run(sampler: Any) -> tuple[float, float]:
+    def run(sampler: Any) -> float:
         study = study_of(sampler)
         for number in range(50):
             trial = study.ask()
-            began = time.process_time()
             row = {name: trial.suggest_categorical(name, range(11)) for name in names}
-            spent = time.process_time() - began
             gain = sum(g[v] for g, v in zip(gains, row.values(), strict=True))
             study.tell(trial, (1 - gain / 17, price(row)))
             assert len({tuple(t.params.values()) for t in study.trials}) == number + 1
         points = np.array([t.values for t in study.trials])
-        return hypervolume(points[non_dominated(points)], [1.3, 170.0]), spent
+        return hypervolume(points[non_dominated(points)], [1.3, 170.0])
 
-    ours, spent = run(FrontierSampler({1: price}, space=None))
-    assert ours > 1.1 * run(optuna.samplers.RandomSampler(seed=0))[0]
-    assert spent < 0.5, "seconds of the processor for one proposal"
+    ours = run(FrontierSampler({1: price}, space=None))
+    assert ours > 1.1 * run(optuna.samplers.RandomSampler(seed=0))
 
 
 def test_a_tight_constraint_in_a_wide_space_is_met_without_listing_it() -> None:

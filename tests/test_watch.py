@@ -12,7 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from nasattn.record import Trial
-from nasattn.search.display import Display, Worker, sparkline
+from nasattn.search import display as display_module
+from nasattn.search.display import REDRAW, Display, Worker, sparkline
 from nasattn.search.study import Study, accuracy
 from nasattn.search.watch import Follower, described
 
@@ -121,6 +122,27 @@ def test_many_workers_fit_a_low_terminal(whole: Study, running: Running) -> None
     assert len(lines) <= 24
     shown = sum("trains" in line for line in lines)
     assert shown > 0 and f"... and {50 - shown} more workers" in "\n".join(lines)
+
+
+def test_a_panel_is_drawn_a_few_times_a_second_and_at_once_before_a_wait(
+    whole: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, drawn = [0.0], list[str]()
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    display = Display(Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(display.live, "update", lambda panel: drawn.append(display.task))
+    display.begin(whole, 20)
+    for _ in range(10):
+        now[0] += REDRAW / 4
+        display.start("trains")
+        display.tick(0.5, None)
+    assert 2 <= len(drawn) - 1 <= 3, "twenty events in two and a half times REDRAW"
+    count = len(drawn)
+    display.start("waits", waits=True)
+    display.tick(0.9, None)
+    assert drawn[count:] == ["waits"], "no event may follow a wait for long"
+    display.tick(1.0, None)
+    assert len(drawn) == count + 2, "the end of a training, too"
 
 
 def test_workers_of_several_hosts_are_named_by_both() -> None:

@@ -205,9 +205,10 @@ class Leases:
             return connection.execute(SWAP, lease | {"by": owner, "to": self.me}).rowcount == 1
 
     def release(self, *names: str) -> None:
-        """Give leases back."""
+        """Give leases back, and show what this worker does now."""
         with self.engine.begin() as connection:
             connection.execute(GIVE, self._here | {"by": self.me, "names": names})
+            self._show(connection)
 
     def reap(self, table: Mapping[str, Lease], kept: Iterable[str]) -> None:
         """Delete what dead workers have left behind, but for the leases named in `kept`."""

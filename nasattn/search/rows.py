@@ -77,13 +77,8 @@ _FIRST = _FIRST.order_by(TRIAL.trial_id).limit(1)
 HELD = select(PARAM.param_name, PARAM.distribution_json).where(
     PARAM.trial_id == _FIRST.scalar_subquery()
 )
-_COUNT = select(func.count()).where(_HERE).scalar_subquery()
-ADDED = insert(models.TrialModel).values(
-    study_id=bindparam("here"),
-    number=_COUNT,
-    state=TrialState.RUNNING,
-    datetime_start=bindparam("start"),
-)
+EARLIER = select(func.count()).where(_HERE, TRIAL.trial_id < bindparam("new"))
+NUMBERED = update(models.TrialModel).where(TRIAL.trial_id == bindparam("new"))
 
 ENDED = update(models.TrialModel).where(
     TRIAL.trial_id == bindparam("of"), TRIAL.state == TrialState.RUNNING
@@ -115,8 +110,12 @@ class Database(RDBStorage):
                 raise KeyError(f"there is no study {study_id}")
             _check_choices(connection, here, template.distributions)
             start = template.datetime_start and _utc(template.datetime_start)
-            key = connection.execute(ADDED, here | {"start": start}).inserted_primary_key
+            row = {"study_id": study_id, "state": template.state, "datetime_start": start}
+            key = connection.execute(insert(models.TrialModel), row).inserted_primary_key
             assert key is not None
+            new = {"new": key[0]}
+            number = connection.scalar(EARLIER, here | new)
+            connection.execute(NUMBERED, new | {"number": number})
             params = [
                 {
                     "param_name": name,

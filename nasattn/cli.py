@@ -69,9 +69,10 @@ def search(
     ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
-    from nasattn.search.opening import find_study, free_name
+    with _loading():
+        from nasattn.search.opening import find_study, free_name
 
-    loaded = _experiment(experiment, storage)
+        loaded = _experiment(experiment, storage)
     if new_study:
         name = free_name(loaded.storage, loaded.study)
         print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
@@ -105,9 +106,9 @@ def pareto(
     as_json: AsJson = False,
 ) -> None:
     """Print the Pareto frontier, the plain backbone first."""
+    found = _study(experiment, storage, study)
     from nasattn.tables import print_final, print_frontier
 
-    found = _study(experiment, storage, study)
     if as_json:
         _json(found.frontier_rows())
     else:
@@ -125,12 +126,13 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Print how far a study is, what each worker does, and what failed and why."""
+    found = _study(experiment, storage, study)
     from nasattn.search.display import Display
     from nasattn.search.watch import Follower
     from nasattn.search.watch import watch as follow
     from nasattn.tables import console, print_summary
 
-    found, terminal = _study(experiment, storage, study), console()
+    terminal = console()
     if as_json and watch:
         raise UserError("--watch is for people; --json prints the state once")
     if as_json:
@@ -262,12 +264,13 @@ def cost(
 ) -> None:
     """Print what a network costs, or an experiment's baseline, budget and single insertions."""
     from nasattn.quote import parse_shape, quote
-    from nasattn.tables import print_costs
 
     found = quote(target, parse_shape(shape))
     if as_json:
         _json(found)
         return
+    from nasattn.tables import print_costs
+
     rows = found.get("by_block", found["by_site"]) if by_site or "limits" in found else []
     print_costs(rows, found["cost"])
     for key, text in found["notes"].items():
@@ -318,12 +321,13 @@ def blocks(
 ) -> None:
     """List the attention blocks: paper, options, and what each costs on one map."""
     from nasattn.cost.blocks import block_rows, parse_shape
-    from nasattn.tables import print_blocks
 
     rows = block_rows(parse_shape(shape))
     if as_json:
         _json(rows)
     else:
+        from nasattn.tables import print_blocks
+
         print_blocks(rows)
 
 
@@ -337,15 +341,15 @@ def _search(
 ) -> None:
     from nasattn.tables import console, print_results
 
-    signal.signal(signal.SIGTERM, _interrupter())
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
-    with _loading():
-        complete = found and found.complete(experiment, total)
-    if found and complete:
-        found.write_frontier()
-        print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
-        print_results(found)
-        return
+    if found and launcher == "local" and not options:  # others are checked even if nothing is left
+        with _loading():
+            complete = found.complete(experiment, total)
+        if complete:
+            found.write_frontier()
+            print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
+            print_results(found)
+            return
 
     with _loading():
         from nasattn.search.display import Display
@@ -353,8 +357,9 @@ def _search(
         from nasattn.search.workers import launcher as launcher_of
         from nasattn.search.workers import search_with
 
-        display = Display(console())
-        start = launcher_of(launcher, options or [], experiment, display.note)
+    signal.signal(signal.SIGTERM, _interrupter())
+    display = Display(console())
+    start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
             study = search_with(experiment, total, count, display, start, found)
@@ -385,8 +390,8 @@ def _interrupter() -> "Callable[[int, Any], None]":
 
 @contextlib.contextmanager
 def _loading() -> "Iterator[None]":
-    """While what is loaded stays: the garbage collector's passes over it took a fifth of a start,
-    and each later one would look at all of it again."""
+    """While what is loaded stays: passes of the garbage collector over it took a fifth of a
+    start."""
     import gc
 
     gc.disable()
@@ -394,6 +399,7 @@ def _loading() -> "Iterator[None]":
         yield
     finally:
         gc.freeze()
+        gc.unfreeze()  # puts all that is there into the oldest generation, unseen
         gc.enable()
 
 

@@ -1,26 +1,30 @@
-"""What the commands print for people: tables, and a line for each fact."""
+"""What the commands print for people: tables, and a line for each fact.
+
+Some of them read no study: what is of the search is imported where it is printed.
+"""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from nasattn.search import final_text
-from nasattn.search.display import placed
-from nasattn.search.study import Study
+if TYPE_CHECKING:
+    from nasattn.search.study import Study
 
 
-def print_results(study: Study) -> None:
+def print_results(study: "Study") -> None:
     print_frontier(study)
     print_final(study)
     print(f"files: {study.folder}")
     print("pictures: nasattn report; files for a device: nasattn export (same arguments)")
 
 
-def print_frontier(study: Study) -> None:
+def print_frontier(study: "Study") -> None:
+    from nasattn.search.display import placed
+
     trials = study.trials
     front = study.frontier(trials)
     baseline = [t for t in trials if t.baseline and t.score]
@@ -44,7 +48,9 @@ def print_frontier(study: Study) -> None:
         print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
 
 
-def print_final(study: Study) -> None:
+def print_final(study: "Study") -> None:
+    from nasattn.search import final_text
+
     final = study.final()
     if not final or not final["done"]:
         return

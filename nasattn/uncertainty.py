@@ -22,7 +22,7 @@ class Estimate:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
         """Student's t interval of the mean: mean ± t(n - 1) s / sqrt(n). Not cut off at 0 or 1."""
-        from scipy.special import stdtrit  # not at the top: half a second, for this alone
+        from scipy.special import stdtrit  # not at the top: slow to load, and for this alone
 
         n, mean = len(values), float(np.mean(values))
         if n < 2:

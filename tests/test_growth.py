@@ -15,6 +15,7 @@ import pytest
 import yaml
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import RDBStorage
+from rich.console import Console
 from test_search import SPACE, Formula, by_formula, rows, search_options, searching
 from typer.testing import CliRunner
 
@@ -23,8 +24,10 @@ from nasattn.architecture import NONE
 from nasattn.config import Experiment
 from nasattn.errors import UserError
 from nasattn.search import growth, lease
+from nasattn.search.display import Display
 from nasattn.search.growth import grow
-from nasattn.search.opening import free_name, load_study
+from nasattn.search.loop import Search
+from nasattn.search.opening import find_study, free_name, load_study
 from nasattn.search.samplers import SAMPLERS
 from nasattn.search.study import FACTS, Study
 from nasattn.space import SearchSpace
@@ -119,6 +122,26 @@ def test_a_grown_space_goes_on(
     assert not again.notes, "it has grown once"
     for study in (before, grown, after, again):
         study.engine.dispose()
+
+
+@pytest.mark.parametrize("sampler", ["frontier", "gp"])
+def test_who_takes_the_growth_up_goes_on_as_who_comes_later(
+    write: Write, tmp_path: Path, sampler: str
+) -> None:
+    """Optuna had read the trials with the choices of before when the space grew."""
+
+    def gone_on(later: bool) -> Study:
+        options = {"search": search_options(sampler), "storage": f"sqlite:///{tmp_path}/{later}.db"}
+        by_formula(write(SMALL, **options), 12)
+        settings = Experiment.load(write(GROWN, **options))
+        for _ in range(1 + later):
+            found = find_study(settings.storage, "tiny")
+            assert found and len(found.trials) == 12
+            search = Search(settings, Display(Console(quiet=True)), found)
+        search.evaluator = Formula()  # type: ignore[assignment]
+        return search.run(16)
+
+    assert rows(gone_on(later=False)) == rows(gone_on(later=True))
 
 
 def test_what_was_interrupted_goes_on_in_the_grown_space(write: Write) -> None:

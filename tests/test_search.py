@@ -4,6 +4,7 @@ Where proposals and records are the matter, a formula stands for the training (`
 Lightning trainings run where the training itself is: kills, failures, weights, repeats.
 """
 
+import gc
 import json
 import random
 import shutil
@@ -19,8 +20,9 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from nasattn import load_study
+from nasattn import cli, load_study
 from nasattn.architecture import NONE, Architecture
 from nasattn.config import Experiment
 from nasattn.data import load
@@ -31,9 +33,11 @@ from nasattn.model import build
 from nasattn.pareto import non_dominated
 from nasattn.pricing import Candidates
 from nasattn.record import Score
+from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display
 from nasattn.search.loop import Search, weights_of_trial
 from nasattn.search.samplers import SAMPLERS, Gate
+from nasattn.search.slots import weights_file
 from nasattn.search.study import Study
 from nasattn.space import SearchSpace
 
@@ -418,6 +422,28 @@ def test_a_complete_study_is_printed_and_no_torch_loaded(write: Write, command: 
     assert (path.parent / "runs" / "tiny" / "frontier.json").exists()
 
 
+def test_loading_leaves_the_garbage_collector_as_it_was() -> None:
+    with pytest.raises(KeyError), cli._loading():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_with_a_store_for_artifacts_nothing_is_taken_for_complete(write: Write) -> None:
+    """The store was named after the end, and that search was killed before it had uploaded."""
+    by_formula(write(), 3)
+    path = write(artifacts="store")
+    searching(path).plan(3)
+    arguments = ["search", str(path), "--trials", "3"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    study = load_study(f"sqlite:///{path.parent}/runs/tiny.db", "tiny")
+    share(study, open_store(study.config.artifacts), print)
+    assert {p.name for p in study.files.elsewhere()} >= {
+        weights_file(study, t.number).name for t in study.frontier()
+    }
+
+
 def test_a_study_is_complete_for_what_it_was_asked_alone(write: Write, tmp_path: Path) -> None:
     study = by_formula(write(), 3)
     search = {"sampler": "random", "trials": 6, "seed": 1}
@@ -426,7 +452,7 @@ def test_a_study_is_complete_for_what_it_was_asked_alone(write: Write, tmp_path:
         return study.complete(Experiment.load(write(**changes)), total)
 
     assert complete() and complete(search=search | {"workers": 2, "trials": 9})
-    assert not complete(total=4)
+    assert not complete(total=4) and not complete(total=2)
     for edit in (
         ("final", {"seeds": 2}),
         ("artifacts", str(tmp_path)),
@@ -459,6 +485,8 @@ def test_the_command_line_end_to_end(write: Write) -> None:
         ("pareto", "--storage", "oracle", "--study", "tiny"),
         ("pareto",),
         ("search", path, "--storage", "postgresql://nobody@127.0.0.1:1/none"),
+        ("search", path, "--trials", 4, "--launcher", "lokal"),
+        ("search", path, "--trials", 4, "--launcher-option", "time=5"),
     ):
         refused = nasattn(*wrong)
         assert refused.returncode == 2, (wrong, refused.stderr)

@@ -68,9 +68,8 @@ def open_study(
     opened = found
     opened.optuna.sampler = sampler
     if grown := _grow(opened, experiment, facts):
-        # Loaded anew: Optuna keeps the trials and the choices that it has read.
-        database = opened.optuna._storage
-        study = optuna.load_study(study_name=opened.name, storage=database, sampler=sampler)
+        # Loaded anew, without Optuna's cache of the trials and the choices that it has read.
+        study = optuna.load_study(study_name=opened.name, storage=opened.database, sampler=sampler)
         opened = Study(study, opened.storage)
         opened.notes.append(grown)
     return opened

@@ -195,9 +195,11 @@ class Study:
         return final is None or final["done"] == final["evaluations"]
 
     def complete(self, experiment: Experiment, total: int) -> bool:
-        """Whether a search for `experiment` of so many trials would change nothing: it is over, no
-        trial waits, and it was asked for the same already."""
-        if self.config.search.trials != total or self.edits(experiment, RUN):
+        """Whether a search for `experiment` of so many trials has nothing left to do: it is over,
+        no trial waits, and it was asked for the same already. Where artifacts have a store, there
+        may always be one to upload."""
+        asked = self.config.search.trials == total and not self.edits(experiment, RUN)
+        if not asked or experiment.artifacts:
             return False
         trials = self.trials
         return finished(trials) == len(trials) and self.over(total, trials)

@@ -9,11 +9,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from nasattn import load_study
 from nasattn.cli import main
 from nasattn.config import Experiment
 from nasattn.errors import UserError
+from nasattn.search import database
 from nasattn.search.database import connect
 from nasattn.search.opening import open_study
 from nasattn.search.rows import Database
@@ -115,6 +118,28 @@ def test_the_password_is_not_stored(postgres: str) -> None:
     assert len(password) > 20
     assert password not in stored
     assert password in load_study(postgres, "shared").config.storage, "children need it"
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_connection_that_the_server_closed_is_replaced(
+    postgres: str, idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unseen where it lay idle; else the next use fails, and the one after it is right."""
+    monkeypatch.setattr(database, "IDLE", 0.0 if idle else 1e9)
+    engine, other = connect(postgres).engine, connect(postgres).engine
+    engine.dispose()  # so that there is one connection below, and no other
+    mine = text("SELECT pg_backend_pid()")
+    with engine.connect() as connection:
+        before = connection.scalar(mine)
+    with other.begin() as connection:
+        connection.execute(text(f"SELECT pg_terminate_backend({before})"))
+    if not idle:
+        with pytest.raises(OperationalError), engine.connect() as connection:
+            connection.scalar(mine)
+    with engine.connect() as connection:
+        assert connection.scalar(mine) not in (None, before)
+    for each in (engine, other):
+        each.dispose()
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])

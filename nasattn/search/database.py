@@ -9,9 +9,14 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DisconnectionError,
+    IntegrityError,
+    SQLAlchemyError,
+)
 
 from nasattn.config import storage_url
 from nasattn.errors import UserError
@@ -20,6 +25,7 @@ from nasattn.search.rows import Database
 CREATING = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between tries while others create the tables
 BUSY = 20  # seconds for which sqlite waits for another process's transaction
 ANSWERS = 10  # seconds in which a server must answer at the start
+IDLE = 10.0  # seconds after which a connection is tried before it is used
 
 
 def connect(storage: str) -> RDBStorage:
@@ -56,10 +62,12 @@ def _opened(storage: str) -> RDBStorage:
         database.engine.dispose()
         database.get_all_studies()
         return database
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    options: dict[str, Any] = {}
     if kind == "postgresql":
         options["connect_args"] = {"connect_timeout": ANSWERS}
-    return Database(storage, engine_kwargs=options)
+    database = Database(storage, engine_kwargs=options)
+    _try_idle(database.engine)
+    return database
 
 
 def _half_created(error: BaseException) -> bool:
@@ -70,6 +78,26 @@ def _half_created(error: BaseException) -> bool:
 def _write_ahead(connection: Any, record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _try_idle(engine: Engine) -> None:
+    """Try a connection that has lain idle before it is used: a server or what stands between may
+    have closed it. (Pool's own way tries each before each use: a dozen and a half a trial.)"""
+
+    def back(connection: Any, record: Any) -> None:
+        record.info["idle since"] = time.monotonic()
+
+    def taken(connection: Any, record: Any, proxy: Any) -> None:
+        since = record.info.get("idle since")
+        if since is None or time.monotonic() - since < IDLE:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error:
+            raise DisconnectionError from None  # the pool takes another one, or makes it
+
+    event.listen(engine, "checkin", back)
+    event.listen(engine, "checkout", taken)
 
 
 def find_or_create(

@@ -73,11 +73,10 @@ def search(
         from nasattn.search.opening import find_study, free_name
 
         loaded = _experiment(experiment, storage)
-    if new_study:
-        name = free_name(loaded.storage, loaded.study)
-        print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
-        loaded = loaded.model_copy(update={"study": name})
-    with _loading():
+        if new_study:
+            name = free_name(loaded.storage, loaded.study)
+            print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
+            loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
     _search(loaded, found, trials, workers, launcher, launcher_option)
 
@@ -107,11 +106,11 @@ def pareto(
 ) -> None:
     """Print the Pareto frontier, the plain backbone first."""
     found = _study(experiment, storage, study)
-    from nasattn.tables import print_final, print_frontier
-
     if as_json:
         _json(found.frontier_rows())
     else:
+        from nasattn.tables import print_final, print_frontier
+
         print_frontier(found)
         print_final(found)
 

@@ -111,9 +111,10 @@ def print_blocks(rows: Sequence[Mapping[str, Any]]) -> None:
         for option, rule in row["options"].items():
             shown = json.dumps(rule["default"]).strip('"')
             options.add_row(f"{row['block']}.{option}", shown, rule["allowed"])
+    terminal = console()
     for row in rows:
-        console().print(f"{row['block']:>14}  {row['title']} ({row['year']})", highlight=False)
-    console().print("", options, "", figures)
+        terminal.print(f"{row['block']:>14}  {row['title']} ({row['year']})", highlight=False)
+    terminal.print("", options, "", figures)
     for row in rows:
         if row["reason"]:
             print(f"- {row['reason']}")

@@ -11,12 +11,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DisconnectionError,
-    IntegrityError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import ArgumentError, DisconnectionError, IntegrityError, SQLAlchemyError
 
 from nasattn.config import storage_url
 from nasattn.errors import UserError

@@ -341,14 +341,18 @@ def _search(
     from nasattn.tables import console, print_results
 
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
-    if found and launcher == "local" and not options:  # others are checked even if nothing is left
+    if found:
+        from nasattn.search.study import finished
+
         with _loading():
-            complete = found.complete(experiment, total)
-        if complete:
+            complete, done = found.complete(experiment, total), finished(found.trials)
+        if complete and launcher == "local" and not options:  # others are checked all the same
             found.write_frontier()
-            print(f"the study '{found.name}' is complete: {len(found.trials)} trials")
+            print(f"the study '{found.name}' is complete: {done} trials")
             print_results(found)
             return
+        # Before the seconds that it takes to load what trains.
+        print(f"the study '{found.name}': {done:,} of {total:,} trials are done", flush=True)
 
     with _loading():
         from nasattn.search.display import Display

@@ -422,6 +422,19 @@ def test_a_complete_study_is_printed_and_no_torch_loaded(write: Write, command: 
     assert (path.parent / "runs" / "tiny" / "frontier.json").exists()
 
 
+def test_how_far_a_study_is_is_told_before_torch_is_loaded(write: Write) -> None:
+    path = write()
+    by_formula(path, 3)
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # an import of it fails
+        "from nasattn.cli import app; app(standalone_mode=False)"
+    )
+    arguments = [sys.executable, "-c", code, "search", str(path), "--trials", "5"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.stdout == "the study 'tiny': 3 of 5 trials are done\n"
+    assert "import of torch halted" in done.stderr
+
+
 def test_loading_leaves_the_garbage_collector_as_it_was() -> None:
     with pytest.raises(KeyError), cli._loading():
         assert not gc.isenabled()

@@ -127,7 +127,7 @@ class Search:
         if latency := self.pricing.context.get("latency"):
             note(f"latency_s is that of another time and perhaps another place: {latency}")
         fitting = "" if count is None else f", {count:,} within the budget"
-        note(f"{self.study.name}: {space.size():,} architectures{fitting}; {done} trials done")
+        note(f"{self.study.name}: {space.size():,} architectures{fitting}")
         prepare = self.experiment.training.warm_start and not self.evaluator.stored
         if prepare and done:
             note("the plain backbone's weights are gone: it is trained again")

@@ -478,7 +478,12 @@ def main() -> None:
     except (TrialFailed, Stopped) as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if "sqlalchemy" not in sys.modules:
+            raise
+        from nasattn.search.outage import broken_database
 
-
-if __name__ == "__main__":
-    main()
+        if not (why := broken_database(error)):
+            raise
+        print(f"nasattn: the database cannot be used: {why}", file=sys.stderr)
+        sys.exit(1)

@@ -1,9 +1,11 @@
 """The files of a study, for whoever writes and reads them: on this disk, and perhaps elsewhere."""
 
-import os
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
+from tempfile import TemporaryFile
+from threading import get_native_id
 
 from nasattn.errors import UserError
 
@@ -47,9 +49,23 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
+def check_writable(folder: Path) -> None:
+    """A UserError where files cannot be written in a folder; made where it is not there."""
+    make_folder(folder)
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"nothing can be written in {folder}: {error.strerror}") from None
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     make_folder(path.parent)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    draft = path.with_name(f".{path.name}.{get_native_id()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

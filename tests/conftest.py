@@ -58,6 +58,16 @@ def postgres(postgres_server: str) -> str:
     return f"{postgres_server.rpartition('/')[0]}/{name}"
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new database of each kind, and the folder in which a server's studies keep
+    their files."""
+    monkeypatch.chdir(tmp_path)
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres"))
+    return f"sqlite:///{tmp_path}/one.db"
+
+
 @pytest.fixture(scope="session")
 def fake_study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
     """Makes a study of invented scores, its rows as the search writes them: no training.

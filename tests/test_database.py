@@ -3,7 +3,6 @@
 import socket
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -41,24 +40,17 @@ KNOWN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "postgres":
-        return str(request.getfixturevalue("postgres"))
-    return f"sqlite:///{tmp_path}/one.db"
-
-
-def opened(url: str, **changes: Any) -> Study:
-    experiment = Experiment.from_dict(FIELDS | {"storage": url} | changes)
+def opened(storage: str, **changes: Any) -> Study:
+    experiment = Experiment.from_dict(FIELDS | {"storage": storage} | changes)
     return open_study(experiment, KNOWN, optuna.samplers.RandomSampler())
 
 
-def test_trials_added_at_once_are_numbered_one_by_one(url: str) -> None:
+def test_trials_added_at_once_are_numbered_one_by_one(storage: str) -> None:
     """Without turns, that is by the database alone."""
-    study, together = opened(url), threading.Barrier(6)
+    study, together = opened(storage), threading.Barrier(6)
 
     def add() -> None:
-        database = connect(url)
+        database = connect(storage)
         assert isinstance(database, Database)
         together.wait()
         for _ in range(5):
@@ -72,7 +64,7 @@ def test_trials_added_at_once_are_numbered_one_by_one(url: str) -> None:
     assert [row.number for row in study.optuna.get_trials()] == list(range(30))
 
 
-def test_many_create_one_study_at_once(url: str) -> None:
+def test_many_create_one_study_at_once(storage: str) -> None:
     """Each with connections of its own, as processes have; Optuna alone fails here."""
     found: list[Study] = []
     errors: list[BaseException] = []
@@ -81,7 +73,7 @@ def test_many_create_one_study_at_once(url: str) -> None:
     def create() -> None:
         together.wait()
         try:
-            found.append(opened(url))
+            found.append(opened(storage))
         except BaseException as error:
             errors.append(error)
 
@@ -93,22 +85,22 @@ def test_many_create_one_study_at_once(url: str) -> None:
     assert errors == []
     assert len(found) == 6
     assert len({study.optuna._study_id for study in found}) == 1
-    assert [s.study_name for s in connect(url).get_all_studies()] == ["shared"]
+    assert [s.study_name for s in connect(storage).get_all_studies()] == ["shared"]
     assert all(study.facts == found[0].facts for study in found)
 
 
-def test_a_creation_that_was_killed_half_way_is_completed(url: str) -> None:
+def test_a_creation_that_was_killed_half_way_is_completed(storage: str) -> None:
     directions = [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
-    connect(url).create_new_study(directions, "shared")
+    connect(storage).create_new_study(directions, "shared")
     with pytest.raises(UserError, match="was not made by nasattn"):
-        load_study(url, "shared")
-    assert opened(url).facts == load_study(url, "shared").facts
+        load_study(storage, "shared")
+    assert opened(storage).facts == load_study(storage, "shared").facts
 
 
-def test_a_study_of_others_is_left_alone(url: str) -> None:
-    other = optuna.create_study(storage=connect(url), study_name="shared")
+def test_a_study_of_others_is_left_alone(storage: str) -> None:
+    other = optuna.create_study(storage=connect(storage), study_name="shared")
     with pytest.raises(UserError, match="was not made by nasattn"):
-        opened(url)
+        opened(storage)
     assert other.user_attrs == {}
 
 
@@ -171,21 +163,23 @@ def unreachable(postgres: str) -> dict[str, str]:
     ],
 )
 def test_a_server_that_cannot_be_used_is_said_at_once(postgres: str, why: str, said: str) -> None:
-    url = unreachable(postgres)[why]
+    storage = unreachable(postgres)[why]
     with pytest.raises(UserError) as caught:
-        load_study(url, "shared")
+        load_study(storage, "shared")
     text = str(caught.value)
     assert text.startswith("the database postgresql+psycopg://nasattn:***@127.0.0.1:")
     assert said in text
     assert "\n" not in text
-    assert url.partition("@")[0].rpartition(":")[2] not in text
+    assert storage.partition("@")[0].rpartition(":")[2] not in text
 
 
 def test_the_command_line_says_it_in_one_line(
     postgres: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url = unreachable(postgres)["refused"]
-    monkeypatch.setattr(sys, "argv", ["nasattn", "status", "--storage", url, "--study", "shared"])
+    storage = unreachable(postgres)["refused"]
+    monkeypatch.setattr(
+        sys, "argv", ["nasattn", "status", "--storage", storage, "--study", "shared"]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,120 @@ def test_a_small_space_is_exhausted_whole_and_then_refused() -> None:
     feasible = {(a, b) for a in range(4) for b in range(3) if a * b <= 3}
     assert feasible <= set(done)
     assert len(done) == len(set(done)) <= len(feasible) + 1  # a blind first trial
+
+
+@pytest.mark.parametrize("known", [None, SPACE])
+def test_threads_do_not_repeat_each_others_proposals(known: Any) -> None:
+    study = study_of(FrontierSampler({1: cost}, space=known))
+    study.optimize(objective, n_trials=1)  # whose space nobody knows
+    study.optimize(objective, n_trials=40, n_jobs=4)
+    assert len(set(keys(study))) == 41
+
+
+def test_processes_that_propose_at_once_do_not_repeat_each_other(tmp_path: Path) -> None:
+    """Two samplers on one database, as in two processes: each reads before either has told."""
+    storage = f"sqlite:///{tmp_path}/one.db"
+    together = threading.Barrier(2, timeout=60)
+
+    class AtOnce(FrontierSampler):
+        first = True
+
+        def _propose(self, *arguments: Any) -> Any:
+            row = super()._propose(*arguments)
+            if self.first:
+                self.first = False
+                together.wait()
+            return row
+
+    study_of(FrontierSampler({1: cost}), storage=storage, study_name="one").optimize(
+        objective, n_trials=12
+    )
+
+    def work() -> None:
+        sampler = AtOnce({1: cost}, space=SPACE)
+        study = optuna.load_study(study_name="one", storage=storage, sampler=sampler)
+        for _ in range(6):
+            sampler.first = True
+            study.optimize(objective, n_trials=1)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    study = optuna.load_study(study_name="one", storage=storage)
+    assert len(set(keys(study))) == len(study.trials) == 24
+
+
+def test_who_asks_while_another_has_suggested_only_a_part_is_not_asked_for_its_costs() -> None:
+    study = study_of(FrontierSampler({1: lambda p: float(p["b"])}))
+    for name in ("a", "a", "b"):
+        study.ask().suggest_categorical(name, (0, 1))
+    assert all(len(t.params) == 1 for t in study.trials)
+
+
+def test_trials_that_have_suggested_only_a_part_do_not_hide_the_space() -> None:
+    study = study_of(FrontierSampler({1: cost}))
+    open_one = study.ask()
+    open_one.suggest_categorical("site0", OPTIONS)
+    study.optimize(objective, n_trials=3)
+    for some in ({}, {"site0": OPTIONS[0]}):
+        study.add_trial(
+            create_trial(
+                params=some,
+                distributions={name: SPACE[name] for name in some},
+                values=[0.5, 0.5],
+            )
+        )
+    sampler = study.sampler
+    assert list(sampler.infer_relative_search_space(study, open_one._get_latest_trial())) == list(
+        SPACE
+    )
+
+
+def test_what_is_enqueued_in_part_is_completed_to_a_new_row() -> None:
+    wide = {f"s{i}": CategoricalDistribution((0, 1, 2)) for i in range(4)}
+    price = lambda p: float(sum(p.values()))  # noqa: E731
+    study = study_of(FrontierSampler({1: price}, space=wide, constraints=lambda p: price(p) - 5))
+    for number in range(30):
+        if number % 3 == 2:
+            study.enqueue_trial({"s1": 1.0, "s3": number % 2})
+        trial = study.ask(wide)
+        study.tell(trial, (1.0 / (1 + trial.params["s2"]), price(trial.params)))
+    rows = [tuple(t.params[name] for name in wide) for t in study.trials]
+    assert len(set(rows)) == 30
+    assert all(sum(row) <= 5 for row in rows)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_cost_or_constraint_that_is_no_number_is_not_feasible(bad: float) -> None:
+    strange = OPTIONS[1]
+
+    def price(p: Params) -> float:
+        return bad if p["site0"] == strange else cost(p)
+
+    def limit(p: Params) -> float:
+        return bad if p["site1"] == strange else -1.0
+
+    study = study_of(FrontierSampler({1: price}, space=SPACE, constraints=limit))
+    for _ in range(20):
+        trial = study.ask(SPACE)
+        assert strange not in (trial.params["site0"], trial.params["site1"])
+        study.tell(trial, objective(trial))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_first_trial_whose_space_nobody_knows_takes_the_first_options(seed: int) -> None:
+    def limit(p: Params) -> float:
+        return float(sum(p[f"s{i}"] for i in range(6))) - 2
+
+    sampler = FrontierSampler({1: lambda p: float(p["s0"])}, seed=seed, constraints=limit)
+    study = study_of(sampler)
+    for _ in range(8):
+        trial = study.ask()
+        row = {f"s{i}": trial.suggest_categorical(f"s{i}", (0, 1, 2)) for i in range(6)}
+        assert limit(row) <= 0
+        study.tell(trial, (float(sum(row.values())), float(row["s0"])))
 
 
 def test_seventeen_sites_by_eleven_options() -> None:

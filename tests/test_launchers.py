@@ -135,7 +135,7 @@ class Running:
 
     def __init__(self, path: Path, name: str, env: Env, trials: int) -> None:
         self.path, self.out = path, path.parent / "out"
-        command = [sys.executable, "-m", "nasattn.cli", "search", path.name]
+        command = [sys.executable, "-m", "nasattn", "search", path.name]
         command += ["--trials", str(trials), "--workers", "2", *OPTIONS[name]]
         with self.out.open("wb") as file:
             self.process = subprocess.Popen(
@@ -365,7 +365,7 @@ class Refusing(launchers.Local):
 
 
 def crew(study: Study, refusing: Refusing, said: list[str]) -> Crew:
-    return Crew(refusing, study, 5, 2, said.append)
+    return Crew(refusing, study, 2, said.append)
 
 
 def test_a_crew_that_cannot_be_whole_leaves_nobody_behind(fake_study: Callable[..., Study]) -> None:

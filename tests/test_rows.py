@@ -120,7 +120,8 @@ def test_as_optuna_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             distributions={"z": CategoricalDistribution(["none", "new"])},
         )
         ours.add(1, template)
-    assert len(ours.get_all_trials(1)) == 3, "nothing was left of it"
+    assert ours.add(1, create_trial(state=TrialState.RUNNING), lambda connection: False) is None
+    assert len(ours.get_all_trials(1)) == 3, "nothing was left of them"
     ours.delete_study(1)
     with pytest.raises(KeyError):
         ours.add(1, create_trial(state=TrialState.RUNNING))

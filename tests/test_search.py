@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import yaml
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import create_trial
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -33,10 +36,11 @@ from nasattn.model import build
 from nasattn.pareto import non_dominated
 from nasattn.pricing import Candidates
 from nasattn.record import Score
+from nasattn.search import frontier
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display
 from nasattn.search.loop import Search, weights_of_trial
-from nasattn.search.samplers import SAMPLERS, Gate
+from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
 from nasattn.search.study import Study
 from nasattn.space import SearchSpace
@@ -207,9 +211,10 @@ def test_proposals_are_new_feasible_and_sparse(write: Write, sampler: str) -> No
         assert trial.cost.values["params"] <= 3000
 
 
-def test_an_exhausted_space_is_complete(write: Write) -> None:
+@pytest.mark.parametrize("sampler", QUICK)
+def test_an_exhausted_space_is_complete(write: Write, sampler: str) -> None:
     space = SPACE | {"blocks": {"se": {"ratio": [0.25, 0.5]}}, "max_blocks": 1}
-    path = write(space=space, budget={"macs": "1.0005x"})
+    path = write(space=space, budget={"macs": "1.0005x"}, search=search_options(sampler))
     study = by_formula(path, 500)
     search = searching(path)
     every = {a.key for a in search.space.enumerate() if search.candidates.fits(a.specs)}
@@ -218,6 +223,30 @@ def test_an_exhausted_space_is_complete(write: Write) -> None:
     again = Formula()
     assert rows(by_formula(path, 500, again)) == rows(study)
     assert again.calls == 0
+
+
+@pytest.mark.parametrize("sampler", QUICK)
+def test_the_last_architecture_of_a_space_is_found(
+    write: Write, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """Also in a space that the sampler itself cannot list, and where its draws find nothing new."""
+    monkeypatch.setattr(frontier, "LISTED", 0)
+    monkeypatch.setattr(frontier, "DRAWS", 1)
+    search = searching(write(search=search_options(sampler)))
+    options = {name: CategoricalDistribution(v) for name, v in search.space.parameters.items()}
+    listed = search.candidates.listed or []
+    for last in random.Random(0).sample(range(1, len(listed)), 4):
+        trials = []
+        for number, row in enumerate(row for i, row in enumerate(listed) if i != last):
+            values = [number / len(listed), search.pricing(row)["macs"]]
+            trial = create_trial(params=row, distributions=options, values=values)
+            trial.number = trial._trial_id = number
+            trials.append(trial)
+        search.gate.slot = len(trials)
+        snapshot = Snapshot(search.study.optuna, trials, len(trials))
+        view = optuna.Study("tiny", snapshot)
+        space = search.gate.infer_relative_search_space(view, snapshot.trial)
+        assert search.gate.sample_relative(view, snapshot.trial, space) == listed[last]
 
 
 def test_candidates_draw_all_that_fits_and_nothing_else(write: Write) -> None:

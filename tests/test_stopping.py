@@ -154,18 +154,19 @@ def test_samplers_see_a_stopped_trial_as_it_would_have_ended() -> None:
 # --- on the table of experiments/005_halving
 
 
-def experiment(folder: Path, **search: Any) -> Experiment:
+def experiment(folder: Path, storage: str = "", **search: Any) -> Experiment:
     path = folder / "experiment.yaml"
     fields = yaml.safe_load((FOLDER / "curves.yaml").read_text())
     fields["space"] = str(ROOT / "search_spaces/cued_digits.yaml")
     fields["search"] |= search
+    fields["storage"] = storage or fields["storage"]
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(fields))
     return Experiment.load(path)
 
 
-def searching(folder: Path, **search: Any) -> Search:
-    found = Search(experiment(folder, **search), Display(Console(quiet=True)))
+def searching(folder: Path, storage: str = "", **search: Any) -> Search:
+    found = Search(experiment(folder, storage, **search), Display(Console(quiet=True)))
     found.evaluator = TableEvaluator(TABLE)  # type: ignore[assignment]
     return found
 
@@ -226,13 +227,16 @@ def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) ->
     assert told(study.trials) == told(halved.trials)
 
 
-def test_two_workers_halve_one_study(tmp_path: Path) -> None:
-    searching(tmp_path, sampler="random")  # the study is there before they begin
-    crew = [forked(lambda: searching(tmp_path, sampler="random").run(TRIALS)) for _ in range(2)]
+def test_two_workers_halve_one_study(tmp_path: Path, storage: str) -> None:
+    def search() -> Search:
+        return searching(tmp_path, storage, sampler="random")
+
+    search()  # the study is there before they begin
+    crew = [forked(lambda: search().run(TRIALS)) for _ in range(2)]
     for worker in crew:
         worker.join()
     assert [worker.exitcode for worker in crew] == [0, 0]
-    study = searching(tmp_path, sampler="random").study
+    study = search().study
     assert len({t.architecture.key for t in study.trials}) == len(study.trials) == TRIALS
     assert {t.state for t in study.trials} == {"scored", "stopped"}
     assert study.complete(study.config, TRIALS), "nobody is left who should go on"

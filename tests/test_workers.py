@@ -32,7 +32,8 @@ from nasattn.search import lease, loop, outage, workers
 from nasattn.search import stopping as halving
 from nasattn.search.database import connect
 from nasattn.search.display import Display
-from nasattn.search.lease import Lease, Leases, Watch
+from nasattn.search.lease import LEAVE, Lease, Leases, Watch
+from nasattn.search.slots import Slots
 from nasattn.space import SearchSpace
 
 __all__ = ["write"]
@@ -180,14 +181,17 @@ def test_many_create_the_table_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_several_workers_do_each_trial_once(write: Write, tmp_path: Path, count: int) -> None:
-    path, log = write(search={"sampler": "frontier", "seed": 2}), tmp_path / "log"
+def test_several_workers_do_each_trial_once(
+    write: Write, storage: str, tmp_path: Path, count: int
+) -> None:
+    path = write(storage=storage, search={"sampler": "frontier", "seed": 2})
+    log = tmp_path / "log"
     by_formula(path, 1, Slow(log))
     work = [forked(lambda: by_formula(path, 25, Slow(log, 0.02))) for _ in range(count)]
     for process in work:
         process.join()
         assert process.exitcode == 0
-    study = load_study(url(path), "tiny")
+    study = load_study(storage, "tiny")
     assert [t.number for t in study.trials] == list(range(25))
     assert all(t.state == "scored" for t in study.trials)
     keys = [t.architecture.key for t in study.trials]
@@ -299,10 +303,11 @@ def torn(path: Path, log: Path, kills: int, trials: int, most: int) -> int:
     [(8, 30, 160), pytest.param(125, 200, 100, marks=pytest.mark.slow)],
 )
 def test_kills_at_any_statement_lose_nothing(
-    write: Write, tmp_path: Path, kills: int, trials: int, most: int
+    write: Write, storage: str, tmp_path: Path, kills: int, trials: int, most: int
 ) -> None:
     options = {"sampler": "tpe", "seed": 5}
-    whole, path = by_formula(write("whole", search=options), trials), write("torn", search=options)
+    whole = by_formula(write("whole", search=options), trials)
+    path = write("torn", storage=storage, search=options)
     log = tmp_path / "log"
     assert torn(path, log, kills, trials, most) > 0.8 * kills
     study = by_formula(path, trials, Slow(log))
@@ -424,6 +429,39 @@ def test_a_worker_that_lost_its_trial_keeps_silent(write: Write) -> None:
     assert formula.calls == 2, "it went on with the next trial"
     trials = load_study(url(path), "tiny").trials
     assert [t.state for t in trials] == ["scored", "scored", "running", "running"]
+
+
+def test_a_worker_that_lost_its_turn_writes_nothing(write: Write, storage: str) -> None:
+    """It stands still as it is about to write a slot; another takes turn and slot, and ends them.
+    Then it goes on, until it can look whose turn it is (and not, as it might be killed there)."""
+    path = write(storage=storage)
+    by_formula(path, 2)
+    written, calls = Slots._written, list[int]()
+
+    def still() -> None:
+        Slots._written = late  # type: ignore[method-assign]
+        by_formula(path, 6, Deadly({"nothing"}))
+
+    def late(self: Slots, *arguments: Any) -> Any:
+        def others() -> None:
+            Slots._written = written  # type: ignore[method-assign]
+            with create_engine(self.study.storage).begin() as connection:
+                connection.execute(LEAVE, {"here": "tiny", "by": self.leases.me})
+            by_formula(path, 6)
+
+        if not calls:
+            child = forked(others)
+            child.join()
+            assert child.exitcode == 0
+        calls.append(1)
+        return written(self, *arguments)
+
+    child = forked(still)
+    child.join()
+    assert child.exitcode == 0
+    study = load_study(storage, "tiny")
+    assert [(t.number, t.state) for t in study.trials] == [(n, "scored") for n in range(6)]
+    assert len(study.optuna.get_trials()) == 6
 
 
 def test_a_study_in_memory_is_refused(write: Write) -> None:

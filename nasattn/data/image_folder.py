@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nasattn.config import ImageFolder
 from nasattn.data import Batch, Data, Shape, stratify
-from nasattn.errors import TrialFailed, UserError, suggest
+from nasattn.errors import Stopped, TrialFailed, UserError, suggest
 
 Files = list[tuple[Path, int]]
 Box = tuple[float, float, float, float]
@@ -78,6 +78,8 @@ class Images:
         try:
             image = decode(path, channels)
         except Exception as error:  # a decoder may raise anything on a damaged file
+            if not path.parent.is_dir():
+                raise Stopped(f"the folder {path.parent} is not there any more") from error
             raise TrialFailed(f"{path} could be read before, now it cannot: {error}") from error
         box = _centre(image.size, self.input) if rng is None else _crop(image.size, self.input, rng)
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)

@@ -141,7 +141,7 @@ class Evaluator:
             return False
         self._backbone = self._stored()
         if self._backbone is None:
-            kept = self.folder / "backbone.checkpoints"
+            kept = self.training
             score, self._backbone = self.from_scratch(
                 self.plain, self.experiment.pretrain, tick, checkpoints=kept
             )
@@ -152,6 +152,11 @@ class Evaluator:
             return True
         self.files.publish(self._file, must=True)  # its training may have ended before this one did
         return False
+
+    @property
+    def training(self) -> Path:
+        """Where the plain backbone's training leaves its checkpoints."""
+        return self.folder / "backbone.checkpoints"
 
     @property
     def stored(self) -> bool:

@@ -8,7 +8,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -107,7 +107,8 @@ class Checkpoints:
             draft.write_bytes(save(dict(state.tensors), metadata))
             draft.replace(path)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
             self.note(f"{path}: this checkpoint cannot be written: {error}")
         else:
             self.files.publish(path)

@@ -188,6 +188,7 @@ class Shelf(Files):
         # Path -> the id that it had when this process last asked. Who stood still while another
         # took over its trial does not write over what that one has published.
         self._seen: dict[str, str] = {}
+        self._ids = set[str]()  # this process's own: of an upload it may not know that it succeeded
         create_table(engine, TABLE)
 
     def fetch(self, path: Path) -> None:
@@ -196,6 +197,7 @@ class Shelf(Files):
     def publish(self, path: Path, *, must: bool = False) -> None:
         name = self._name(path)
         id = f"{self.study}.{name.replace('/', '.')}.{uuid.uuid4().hex}"
+        self._ids.add(id)
         self._do(lambda: self._publish(path, name, id), must, f"{path} cannot be uploaded")
 
     def drop(self, path: Path, *, must: bool = False) -> None:
@@ -254,7 +256,7 @@ class Shelf(Files):
         if row and row.digest == digest:
             if _came_of(path) == row.id or self._content(row) is not None:
                 return self._published(path, row.id)
-        if self._seen.get(name, old) != old:
+        if self._seen.get(name, old) != old and old not in self._ids:
             return  # another worker has taken over what this one was at
         values = {"study": self.study, "path": f"{UPLOADS}/{id}", "id": id, "digest": digest}
         with suppress(IntegrityError), self.engine.begin() as connection:

@@ -11,7 +11,13 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DisconnectionError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DisconnectionError,
+    IntegrityError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
 from nasattn.config import storage_url
 from nasattn.errors import UserError
@@ -56,10 +62,17 @@ def _opened(storage: str) -> RDBStorage:
         event.listen(database.engine, "connect", _write_ahead)
         database.engine.dispose()
         database.get_all_studies()
+        _miss_file(database.engine)
         return database
     options: dict[str, Any] = {}
     if kind == "postgresql":
-        options["connect_args"] = {"connect_timeout": ANSWERS}
+        # A network that swallows packets is noticed after about as long, not after a quarter of
+        # an hour.
+        alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+        options["connect_args"] = alive | {
+            "connect_timeout": ANSWERS,
+            "tcp_user_timeout": 1000 * ANSWERS,  # milliseconds
+        }
     database = Database(storage, engine_kwargs=options)
     _try_idle(database.engine)
     return database
@@ -73,6 +86,28 @@ def _half_created(error: BaseException) -> bool:
 def _write_ahead(connection: Any, record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _miss_file(engine: Engine) -> None:
+    """Notice when the file of a sqlite database was removed or replaced: the system would let its
+    connections write on, into what nobody can open any more."""
+    path = Path(str(engine.url.database))
+
+    def known() -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    opened = known()
+
+    def taken(connection: Any, record: Any, proxy: Any) -> None:
+        if known() != opened:
+            error = FileNotFoundError(f"{path} was removed or replaced")
+            raise OperationalError("", {}, error)
+
+    event.listen(engine, "checkout", taken)
 
 
 def _try_idle(engine: Engine) -> None:

@@ -9,6 +9,7 @@ draws, and one-step changes of the best of both. Nothing enumerates the space.
 import itertools
 import math
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,8 +65,10 @@ class FrontierSampler(BaseSampler):
     knows, is held to the constraints as far as they can be told from the parameters so far. draw:
     feasible parameters from an rng (None: it found none), instead of uniform draws that are tested.
 
-    No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left.
-    A proposal follows from (seed, the trial's number) and the study's rows.
+    No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left, or
+    nothing was found in a space too large to be listed. Before a first trial is complete the space
+    may not be known: trials that are asked for together then may have the same parameters. A
+    proposal follows from (seed, the trial's number) and the study's rows.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class FrontierSampler(BaseSampler):
         given = [constraints] if callable(constraints) else constraints or []
         self.constraints: tuple[Function, ...] = tuple(given)
         self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
+        self._lock = threading.Lock()  # of the threads of `optimize(n_jobs=...)`
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -95,12 +99,30 @@ class FrontierSampler(BaseSampler):
         rows = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         complete = [t for t in rows if t.state is TrialState.COMPLETE]
         found = complete or sorted(rows, key=lambda t: -len(t.params))[:1]
+        # One that has only a part of another's parameters was not made by the same function.
+        sets = {frozenset(t.params) for t in found}
+        whole = [names for names in sets if not any(names < other for other in sets)]
         # Within a study, Optuna holds a categorical parameter to the same options for good.
-        names = set.intersection(*(set(t.params) for t in found)) if found else set()
-        shared = {k: v for k, v in found[0].distributions.items() if k in names} if found else {}
-        if other := [k for k, v in shared.items() if not isinstance(v, CategoricalDistribution)]:
+        names = frozenset.intersection(*whole) if whole else frozenset()
+        first = next((t for t in found if names <= t.params.keys()), None)
+        shared = {k: v for k, v in first.distributions.items() if k in names} if first else {}
+        some = {
+            k: v.choices[0] for k, v in shared.items() if isinstance(v, CategoricalDistribution)
+        }
+        if other := [k for k in shared if k not in some]:
             raise ValueError(f"the parameters {other} are not categorical; allowed: categorical")
-        return shared
+        return shared if self._priced(some) else {}
+
+    def _priced(self, params: dict[str, Any]) -> bool:
+        """Whether these are enough to tell the costs. Not those of a trial that has suggested only
+        a part so far."""
+        try:
+            self._violation(params)
+            for cost in self.costs.values():
+                cost(params)
+        except (LookupError, TypeError):
+            return False
+        return True
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -116,10 +138,21 @@ class FrontierSampler(BaseSampler):
         rng = random.Random(derive(self.seed, trial.number))
         fixed = trial.system_attrs.get("fixed_params", {})
         space = _Space(self, options, rng, fixed)
-        rows = _Rows.of(study, trial, space, sorted(self.costs))
-        row = self._propose(space, rows, [_sign(d) for d in study.directions])
-        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
-        return space.params(row)
+        signs = [_sign(d) for d in study.directions]
+        with self._lock:
+            rows = _Rows.of(study, trial, space)
+            row = self._propose(space, rows, signs)
+            while True:
+                study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
+                if not (rivals := _rivals(study, trial, row)):
+                    return space.params(row)
+                # Other processes have proposed it at the same time. The later trial leaves them the
+                # next best as well, or they would go on to meet.
+                rows = _Rows.of(study, trial, space)
+                row = self._propose(space, rows, signs)
+                if min(rivals) < trial.number:
+                    rows.seen.add(row)
+                    row = self._propose(space, rows, signs)
 
     def sample_independent(
         self,
@@ -128,20 +161,21 @@ class FrontierSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """An option at random; one that breaks a constraint, as far as can be told, last."""
+        """An option at random; one that breaks a constraint, as far as can be told, last. Before
+        it can be told, in a study without a complete trial, the first option."""
         if not isinstance(param_distribution, CategoricalDistribution):
             raise ValueError(f"the parameter {param_name} is not categorical; allowed: categorical")
         rng = random.Random(derive(self.seed, trial.number, param_name))
         choices = list(param_distribution.choices)
         rng.shuffle(choices)
 
-        def violation(choice: Any) -> float:
-            try:
-                return self._violation({**trial.params, param_name: choice})
-            except (LookupError, TypeError):  # a parameter that it needs comes later
-                return 0.0
-
-        return min(choices, key=violation) if self.constraints else choices[0]
+        if not self.constraints:
+            return choices[0]
+        try:
+            return min(choices, key=lambda c: self._violation({**trial.params, param_name: c}))
+        except (LookupError, TypeError):  # a parameter that it needs comes later
+            known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            return choices[0] if known else param_distribution.choices[0]
 
     def _check(self, study: Study) -> None:
         count = len(study.directions)
@@ -153,7 +187,8 @@ class FrontierSampler(BaseSampler):
 
     def _violation(self, params: dict[str, Any]) -> float:
         """Zero for feasible parameters, else how far they are off, summed."""
-        return sum(max(0.0, float(constraint(params))) for constraint in self.constraints)
+        values = [float(constraint(params)) for constraint in self.constraints]
+        return sum(math.inf if math.isnan(value) else max(0.0, value) for value in values)
 
     def known(self, space: "_Space", row: Row) -> Known:
         """Computed once a row; only feasible rows have costs."""
@@ -164,6 +199,8 @@ class FrontierSampler(BaseSampler):
             params = space.params(row)
             violation = self._violation(params)
             costs = () if violation else tuple(float(f(params)) for f in self.costs.values())
+            if not all(map(math.isfinite, costs)):
+                costs, violation = (), math.inf  # what it costs is not known
             found = memory[row] = costs, violation
         return found
 
@@ -214,9 +251,8 @@ class _Space:
         # itself: a study of thousands of rows is looked up anew for each proposal.
         self._text = all(type(v) is str for o in options.values() for v in o)
         self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
-        self.fixed = {
-            i: self._index[n][self._key(fixed[n])] for i, n in enumerate(options) if n in fixed
-        }
+        found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
+        self.fixed = {i: position for i, position in found.items() if position is not None}
         values = [key for index in self._index.values() for key in index]
         distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
         self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
@@ -242,9 +278,18 @@ class _Space:
         try:
             if self._text:
                 return tuple([index[params[name]] for name, index in self._index.items()])
-            return tuple([index[self._key(params[name])] for name, index in self._index.items()])
         except KeyError:
             return None
+        found = [self._position(name, params[name]) for name in self._index if name in params]
+        row = tuple(position for position in found if position is not None)
+        return row if len(row) == len(self._index) else None
+
+    def _position(self, name: str, value: Any) -> int | None:
+        """Of a value among the parameter's options; 2.0 is 2 where there is no 2.0."""
+        index, options = self._index[name], self.options[name]
+        if (key := self._key(value)) in index:
+            return index[key]
+        return next((i for i, option in enumerate(options) if option == value), None)
 
     def _key(self, value: Any) -> Any:
         return value if self._text else (type(value), value)
@@ -272,6 +317,8 @@ class _Space:
         count = len(rows) * len(self.moves)
         for n in range(count) if count <= most else self.rng.sample(range(count), most):
             row, (i, j) = rows[n // len(self.moves)], self.moves[n % len(self.moves)]
+            if self.fixed:
+                row = tuple(self.fixed.get(k, option) for k, option in enumerate(row))
             if row[i] != j:
                 yield (*row[:i], j, *row[i + 1 :])
 
@@ -324,9 +371,14 @@ class _Space:
             left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
             if left:
                 return self.rng.choice(left)
+        if self.size <= LISTED:
+            raise Exhausted(
+                f"no feasible parameters are left that are not among the study's trials: "
+                f"{len(seen)} rows of a space of {self.size:,}"
+            )
         raise Exhausted(
-            f"no feasible parameters are left that are not among the study's trials: "
-            f"{len(seen)} rows of a space of {self.size:,}"
+            f"no feasible parameters were found beside the study's {len(seen)} trials, by draws "
+            f"and one-step changes of them, in a space of {self.size:,}"
         )
 
 
@@ -340,7 +392,7 @@ class _Rows:
     seen: set[Row]
 
     @classmethod
-    def of(cls, study: Study, trial: FrozenTrial, space: _Space, known: Sequence[int]) -> "_Rows":
+    def of(cls, study: Study, trial: FrozenTrial, space: _Space) -> "_Rows":
         found = cls([], [], set())
         for other in study.get_trials(deepcopy=False):
             if other.number == trial.number:
@@ -358,6 +410,13 @@ class _Rows:
             elif other.state is TrialState.COMPLETE and all(map(math.isfinite, other.values)):
                 found.complete.append((row, tuple(other.values)))
         return found
+
+
+def _rivals(study: Study, trial: FrozenTrial, row: Row) -> list[int]:
+    """The numbers of the other running trials that are to have the row."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    same = (t.number for t in running if t.system_attrs.get(PROPOSAL) == list(row))
+    return [number for number in same if number != trial.number]
 
 
 class _Model:

@@ -51,7 +51,7 @@ PAUSES = 0.002, 0.05  # seconds between two tries for the turn, the first and th
 
 PARENT = "NASATTN_PARENT"  # the variable with the pid of the process that started this one
 
-WORKER, TURN, BACKBONE = "worker:", "turn", "backbone"
+WORKER, TRIAL, TURN, BACKBONE = "worker:", "trial:", "turn", "backbone"
 
 TABLE = Table(
     "nasattn_lease",
@@ -72,6 +72,7 @@ _LEASE = and_(_HERE, _ROW.name == _KEY[1])
 _NAMES = _ROW.name.in_(bindparam("names", expanding=True))
 LEASES = select(_ROW.name, _ROW.owner, _ROW.beat, _ROW.facts).where(_HERE)
 OWNER = select(_ROW.owner).where(_LEASE)
+KEPT = OWNER.with_for_update()
 TAKE = insert(TABLE).from_select(
     ["study", "name", "owner", "beat", "facts"],
     select(*_KEY, literal(0), literal("{}")).where(~exists().where(_LEASE)),
@@ -95,7 +96,7 @@ class Lease:
 
 def trial_lease(number: int) -> str:
     """The name of the right to evaluate a trial."""
-    return f"trial:{number}"
+    return f"{TRIAL}{number}"
 
 
 class Watch:
@@ -163,6 +164,10 @@ class Leases:
         except SQLAlchemyError:
             pass  # the database is gone; the others will see that this process is, too
 
+    def left_by_dead(self, name: str, table: Mapping[str, Lease]) -> bool:
+        """Whether a worker died that had the lease."""
+        return name in table and self.dead(table[name].owner, table)
+
     def renew(self) -> None:
         """One beat, and a look at those of the others."""
         with self.engine.begin() as connection:
@@ -184,6 +189,10 @@ class Leases:
         """Whether a lease is still this worker's: who stood still for long may have lost it."""
         with self.engine.connect().execution_options(**READS) as connection:
             return connection.scalar(OWNER, self._here | {"at": name}) == self.me
+
+    def keeps(self, name: str, connection: Connection) -> bool:
+        """As `holds`, and nobody takes it until the connection's transaction ends."""
+        return connection.scalar(KEPT, self._here | {"at": name}) == self.me
 
     def acquire(self, name: str) -> bool:
         """Take a lease that is free, or whose owner is dead; one's own stays one's own."""

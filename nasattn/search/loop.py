@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import Stopped, TrialFailed, reason
+from nasattn.errors import Stopped, TrialFailed, UserError, reason
 from nasattn.evaluate.candidate import Evaluator, Weights, store
+from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial
 from nasattn.search.artifacts import open_store, share
@@ -23,11 +24,12 @@ from nasattn.search.opening import open_study
 from nasattn.search.outage import full, full_disk, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import Job, Slots, Turn, weights_file
+from nasattn.search.slots import KILLED, Job, Slots, Turn, count_death, weights_file
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, Study, accuracy, finished
 from nasattn.space import SearchSpace
 
+MOST_BROKEN = 5  # trainings in a row, after which it is this machine that is broken
 WAIT = 0.5  # seconds between two looks at what the other workers do
 
 
@@ -66,6 +68,7 @@ class Search:
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts)
         self.study = open_study(experiment, space_facts(self.pricing, limits), self.gate, found)
+        check_writable(self.study.folder)
         share(self.study, store, self.display.note)
         self.evaluator = Evaluator(
             experiment,
@@ -77,6 +80,7 @@ class Search:
         )
         self.stopping = ParetoHalving.of(experiment)
         self._published: list[Trial] = []
+        self._broken = 0  # trainings in a row that ended in an error that nobody foresaw
 
     def run(self, total: int) -> Study:
         """Go on until the study has `total` finished trials or the space is exhausted.
@@ -101,7 +105,10 @@ class Search:
         that a bare `resume` goes on to it."""
         count = self.candidates.count()
         total = total if count is None else min(total, count)
+        self.study.refresh()  # another may have changed them since they were read
         facts = dict(self.study.facts)
+        if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
+            raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
         experiment = dict(facts["experiment"])
         experiment["search"] = {**experiment["search"], "trials": total}
         given = self.experiment.as_dict()
@@ -136,12 +143,20 @@ class Search:
         if seconds and not prepare:
             estimate = left * sum(seconds) / len(seconds)
         else:
-            estimate = self.evaluator.estimate(left, prepare=prepare)
+            estimate = self._estimate(left, prepare=prepare)
         seeds = self.experiment.training.seeds
+        about = f", about {duration(estimate / workers)}" if estimate else ""
         note(
-            f"{left * seeds + prepare} trainings to go, about {duration(estimate / workers)}; "
-            f"Ctrl-C stops, the same command goes on"
+            f"{left * seeds + prepare} trainings to go{about}; Ctrl-C stops, the same command goes "
+            "on"
         )
+
+    def _estimate(self, trainings: int, *, prepare: bool) -> float:
+        """Seconds; zero where a few steps of an untrained network do not tell."""
+        try:
+            return self.evaluator.estimate(trainings, prepare=prepare)
+        except TrialFailed:
+            return 0.0
 
     def _work(self, total: int) -> None:
         """Do job after job until all slots are finished, by this worker or by others."""
@@ -189,10 +204,17 @@ class Search:
             if full(error):
                 raise full_disk(error) from error
             why, trace = reason(error), traceback.format_exc()
+            self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
+            if self._broken == MOST_BROKEN:
+                raise Stopped(
+                    f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is "
+                    "left open; the same command goes on"
+                ) from error
             patiently(lambda: slots.fail(job, why, trace), self.display.note)
             if job.trial.baseline:
                 raise TrialFailed(f"the plain backbone could not be trained: {why}") from error
         else:
+            self._broken = 0
             if score is not None:
                 patiently(lambda: slots.finish(job, score), self.display.note)
 
@@ -234,7 +256,10 @@ class Search:
         """With a warm start: the backbone's weights, which one worker trains while others wait."""
         waits = False
         while self.experiment.training.warm_start and not self.evaluator.stored:
+            held = patiently(self.leases.table, self.display.note)
             if patiently(lambda: self.leases.acquire(BACKBONE), self.display.note):
+                if self.leases.left_by_dead(BACKBONE, held):
+                    self._died_at_backbone()
                 self._start(None)
                 self.evaluator.prepare(self._tick)
                 patiently(lambda: self.leases.release(BACKBONE), self.display.note)
@@ -245,6 +270,11 @@ class Search:
                 waits = True
             time.sleep(WAIT * waits)
         self.evaluator.prepare(self._tick)
+
+    def _died_at_backbone(self) -> None:
+        files = self.evaluator.training
+        if patiently(lambda: count_death(self.study, BACKBONE, files), self.display.note):
+            raise TrialFailed(f"the plain backbone could not be trained: {KILLED}")
 
     def _start(self, trial: Trial | None) -> None:
         """Show what begins: a trial's training, or the backbone's."""
@@ -303,4 +333,10 @@ def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
     path = weights_file(study, trial.number)
     share(study, open_store(study.config.artifacts), display.note)
     study.files.fetch(path)
-    return load_file(path) if path.exists() else Search(study.config, display).train_again(trial)
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError) as error:
+        display.note(f"{path} cannot be read: {error}")
+    return Search(study.config, display).train_again(trial)

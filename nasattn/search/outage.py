@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from nasattn.errors import Stopped
@@ -73,6 +74,13 @@ def gone(error: BaseException) -> bool:
         or (isinstance(e, DBAPIError) and e.connection_invalidated)
         for e in _causes(error)
     )
+
+
+def broken_database(error: BaseException) -> str:
+    """What is wrong with a database that answers by an error of its own, in the driver's words; the
+    empty string where it is another error."""
+    own = (DBAPIError, StorageInternalError)
+    return cause(error) if any(isinstance(e, own) for e in _causes(error)) else ""
 
 
 def full(error: BaseException) -> bool:

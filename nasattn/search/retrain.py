@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from nasattn.config import Experiment
 from nasattn.cost import measure
@@ -14,6 +15,7 @@ from nasattn.search.display import Display, duration, placed
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import full, full_disk, patiently
+from nasattn.search.slots import KILLED, count_death
 from nasattn.search.study import Study
 from nasattn.seed import derive
 
@@ -49,7 +51,7 @@ class Retraining:
                 self._start("waiting for what other workers evaluate")
             waits = job is None
             time.sleep(WAIT * waits)
-        self.study.write_final()
+        patiently(self.study.write_final, self.display.note)
 
     def _left(self) -> list[Job]:
         final, stored = self.experiment.final, self._stored()
@@ -72,10 +74,14 @@ class Retraining:
             if not self._have_backbone(seed, [c for c, s in left if s == seed]):
                 continue
             for job in (job for job in left if job[1] == seed):
-                if self._acquire(_lease(*job)):
-                    if job in self._left():
+                name, files = _lease(*job), self._checkpoints(*job)
+                if (killed := self._acquire(name, files)) is None:
+                    continue
+                if job in self._left():
+                    if not killed:
                         return job
-                    self._release(_lease(*job))
+                    self._store(_blank(*job, killed))
+                self._release(name)
         return None
 
     def _have_backbone(self, seed: int, todo: Sequence[Contender]) -> bool:
@@ -84,9 +90,12 @@ class Retraining:
         evaluator, name = self.evaluators[seed], f"{FINAL}:{BACKBONE}:{seed}"
         if not self.experiment.training.warm_start or evaluator.stored:
             return True
-        if not self._acquire(name):
+        killed = self._acquire(name, evaluator.training)
+        if killed is None:
             return False
         try:
+            if killed:
+                raise TrialFailed(killed)
             if not evaluator.stored:
                 self._start(f"final, seed {seed}: training the plain backbone anew")
             evaluator.prepare(self._tick)
@@ -101,7 +110,7 @@ class Retraining:
     def _evaluate(self, contender: Contender, seed: int) -> None:
         """Train and score one, as far as a process that died had not come, and store the end."""
         evaluator, architecture = self.evaluators[seed], contender.architecture
-        files = evaluator.folder / "checkpoints" / architecture.key
+        files = self._checkpoints(contender, seed)
         try:
             evaluator.prepare(self._tick)
             self._start(f"final, seed {seed}: {_name(contender)}")
@@ -122,8 +131,19 @@ class Retraining:
         self.study.files.drop(files)
         self._release(_lease(contender, seed))
 
-    def _acquire(self, name: str) -> bool:
-        return patiently(lambda: self.leases.acquire(name), self.display.note)
+    def _acquire(self, name: str, files: Path) -> str | None:
+        """None when another has the lease; else what too many workers have died of with it, or the
+        empty string. files: the training's checkpoints."""
+        held = patiently(self.leases.table, self.display.note)
+        if not patiently(lambda: self.leases.acquire(name), self.display.note):
+            return None
+        if not self.leases.left_by_dead(name, held):
+            return ""
+        last = patiently(lambda: count_death(self.study, name, files), self.display.note)
+        return KILLED if last else ""
+
+    def _checkpoints(self, contender: Contender, seed: int) -> Path:
+        return self.evaluators[seed].folder / "checkpoints" / contender.architecture.key
 
     def _release(self, name: str) -> None:
         patiently(lambda: self.leases.release(name), self.display.note)

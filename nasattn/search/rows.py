@@ -96,9 +96,14 @@ class Database(RDBStorage):
     """An RDBStorage, and two transactions of our own in its tables. Should a later Optuna not read
     by the method that is replaced here, its own way is taken: slower, and as right."""
 
-    def add(self, study_id: int, template: FrozenTrial) -> int:
-        """A new running trial, whole or not at all; its id. Optuna's own way takes three statements
-        a parameter.
+    def add(
+        self,
+        study_id: int,
+        template: FrozenTrial,
+        allowed: Callable[[Connection], bool] = lambda connection: True,
+    ) -> int | None:
+        """A new running trial, whole or not at all; its id. None where it is not `allowed`, as
+        asked within the transaction. Optuna's own way takes three statements a parameter.
 
         Raises KeyError when the study is gone, ValueError when an earlier trial has a parameter
         with other choices.
@@ -113,6 +118,9 @@ class Database(RDBStorage):
             row = {"study_id": study_id, "state": template.state, "datetime_start": start}
             key = connection.execute(insert(models.TrialModel), row).inserted_primary_key
             assert key is not None
+            if not allowed(connection):
+                connection.rollback()
+                return None
             new = {"new": key[0]}
             number = connection.scalar(EARLIER, here | new)
             connection.execute(NUMBERED, new | {"number": number})

@@ -120,7 +120,11 @@ class Gate(BaseSampler):
         row: dict[str, str] = {}
         tries = 1 if isinstance(inner, GPSampler) else TRIES  # its next would cost a second more
         for _ in range(tries if informed else 0):
-            row = candidates.thinned(_propose(inner, study, trial, search_space), rng)
+            try:
+                proposal = _propose(inner, study, trial, search_space)
+            except Exhausted:
+                break  # it has found none; the draw below is exact where the space is listed
+            row = candidates.thinned(proposal, rng)
             if tuple(row.values()) not in seen and candidates.fits(row):
                 return row
         near = [n for n in candidates.neighbours(row) if tuple(n.values()) not in seen]

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nasattn.errors import TrialFailed
 from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial
-from nasattn.search.lease import Lease, Leases, trial_lease
+from nasattn.search.lease import TRIAL, TURN, WORKER, Lease, Leases, trial_lease
 from nasattn.search.samplers import Exhausted, Gate, Snapshot
 from nasattn.search.stopping import ParetoHalving
-from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, VOID, Study, claim, read_trial
+from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, Study, claim, read_trial
 
 DEATHS, TOKEN = "deaths", "token"
 FIRST = "first"  # of a promoted trial: Optuna's id of the first of its rows
-MOST_DEATHS = 3  # workers that a trial may take with it without having come any further
+MOST_DEATHS = 3  # workers that a training may take with it without having come any further
+KILLED = f"its worker was killed {MOST_DEATHS} times while it was evaluated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,10 @@ class Turn:
         return self.job is None and not self.others
 
 
+class TurnLost(Exception):
+    """This process stood still for so long that another has taken its turn."""
+
+
 class Slots:
     """One worker's hand on a study's trials."""
 
@@ -70,19 +76,28 @@ class Slots:
     def next(self, total: int, publish: Callable[[list[Trial]], None]) -> Turn:
         """Take the next job of a study of `total` slots: a trial whose worker has gone, else a
         stopped one that should go on, else a new slot. publish: called with all trials, in turn."""
-        with self.leases.turn():
-            # The leases first: who gives one back has told how its trial ended before.
-            held = self.leases.table()
+        while True:
+            with suppress(TurnLost), self.leases.turn():
+                return self._decided(total, publish)
+
+    def _decided(self, total: int, publish: Callable[[list[Trial]], None]) -> Turn:
+        # The leases first: who gives one back has told how its trial ended before.
+        held = self.leases.table()
+        rows = self.study.rows()
+        trials = self.study.read(rows)
+        publish(trials)
+        job, others, given_up = self._interrupted(rows, trials, held)
+        if given_up:
             rows = self.study.rows()
             trials = self.study.read(rows)
-            publish(trials)
-            job, others = self._interrupted(rows, trials, held)
-            slot = held.get(trial_lease(len(rows)))
-            others += slot is not None and not self.leases.dead(slot.owner, held)
-            job = job or self._promoted(rows, trials) or self._fresh(rows, trials, total)
-            if any(self.leases.dead(lease.owner, held) for lease in held.values()):
-                running = [trial_lease(t.number) for t in trials if t.state == "running"]
-                self.leases.reap(held, running)
+        slot = held.get(trial_lease(len(rows)))
+        others += slot is not None and not self.leases.dead(slot.owner, held)
+        job = job or self._promoted(rows, trials) or self._fresh(rows, trials, total)
+        if any(self.leases.dead(lease.owner, held) for lease in held.values()):
+            running = {trial_lease(t.number) for t in trials if t.state == "running"}
+            # The leases of other trainings show that somebody died at them, until they are taken.
+            elsewhere = {name for name in held if not name.startswith((WORKER, TURN, TRIAL))}
+            self.leases.reap(held, running | elsewhere)
         return Turn(job, trials, others)
 
     def finish(self, job: Job, score: Score) -> None:
@@ -120,9 +135,10 @@ class Slots:
 
     def _interrupted(
         self, rows: Sequence[FrozenTrial], trials: Sequence[Trial], held: Mapping[str, Lease]
-    ) -> tuple[Job | None, int]:
-        """The first trial under evaluation that nobody has, and how many others have."""
-        found, others = None, 0
+    ) -> tuple[Job | None, int, bool]:
+        """The first trial under evaluation that nobody has; how many others have; whether one has
+        failed here, as it had killed too many."""
+        found, others, given_up = None, 0, False
         for row, trial in zip(rows, trials, strict=True):
             if trial.state != "running":
                 continue
@@ -133,32 +149,27 @@ class Slots:
                 # A lease that its owner could not give back: it died at this trial.
                 killed = lease is not None and lease.owner != self.leases.me
                 if killed and self._died(row, trial):
+                    given_up = True
                     continue
                 self.note(f"going on with what was interrupted: trial {trial.number}")
                 found = Job(row._trial_id, trial, row.user_attrs.get(TOKEN, ""))
-        return found, others
+        return found, others, given_up
 
     def _died(self, row: FrozenTrial, trial: Trial) -> bool:
-        """Count a worker's death at a trial; True when it was the last one, and the trial failed.
-
-        A training that had come further since the death before begins a new count: then it was not
-        the trial that killed."""
+        """Count a worker's death at a trial; True when it was the last: the trial has failed."""
         folder, weights = self.checkpoints(trial.number), weights_file(self.study, trial.number)
         at = self.study.files.marks(folder, weights)
-        before = row.user_attrs.get(DEATHS, {"count": 0})
-        count = 1 + (before["count"] if before.get("at") == at else 0)
+        count = _tally(row.user_attrs.get(DEATHS), at)
         last = count >= MOST_DEATHS
         if last:
             count = 0  # of a baseline, which is tried again by the next command
         self._storage.set_trial_user_attr(row._trial_id, DEATHS, {"count": count, "at": at})
         if not last:
             return False
-        reason = f"its worker was killed {MOST_DEATHS} times while it was evaluated"
         if trial.baseline:
-            raise TrialFailed(f"the plain backbone could not be trained: {reason}")
-        self.fail(Job(row._trial_id, trial, ""), reason, "")
-        self.note(f"trial {trial.number} failed: {reason}")
-        self.leases.release(trial_lease(trial.number))
+            raise TrialFailed(f"the plain backbone could not be trained: {KILLED}")
+        self.fail(Job(row._trial_id, trial, ""), KILLED, "")
+        self.note(f"trial {trial.number} failed: {KILLED}")
         return True
 
     def _promoted(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
@@ -226,8 +237,8 @@ class Slots:
         distributions: Mapping[str, Any],
         user: Mapping[str, Any],
         system: Mapping[str, Any],
-    ) -> Job | None:
-        """A new row, whole in one transaction."""
+    ) -> Job:
+        """A new row, whole in one transaction. Raises TurnLost."""
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
@@ -235,14 +246,12 @@ class Slots:
             user_attrs=dict(user),
             system_attrs=dict(system),
         )
-        row = self.study.database.add(self.study.optuna._study_id, template)
-        job = Job(row, read_trial(template), user[TOKEN])
-        if self._mine(job):
-            return job
-        # This process stood still for so long that another has taken its turn and its slot.
-        self._storage.set_trial_user_attr(row, VOID, True)
-        self._storage.set_trial_state_values(row, TrialState.FAIL)
-        return None
+        row = self.study.database.add(
+            self.study.optuna._study_id, template, partial(self.leases.keeps, TURN)
+        )
+        if row is None:
+            raise TurnLost
+        return Job(row, read_trial(template), user[TOKEN])
 
     def _tell(
         self,
@@ -262,6 +271,21 @@ class Slots:
     @property
     def _storage(self) -> Any:
         return self.study.optuna._storage
+
+
+def count_death(study: Study, name: str, files: Path) -> bool:
+    """Note that a worker died at what `name` is the lease of, a training that leaves its
+    checkpoints in `files`; True when too many have died there. Then it is counted anew."""
+    key, at = f"{DEATHS}:{name}", study.files.marks(files)
+    count = _tally(study.optuna.user_attrs.get(key), at)
+    study.optuna.set_user_attr(key, {"count": count % MOST_DEATHS, "at": at})
+    return count >= MOST_DEATHS
+
+
+def _tally(before: Mapping[str, Any] | None, at: Any) -> int:
+    """How many have died at one point, by what was noted before. at: how far the training had come;
+    one that had come further begins a new count: then it was not what killed."""
+    return 1 + (before["count"] if before and before.get("at") == at else 0)
 
 
 def weights_file(study: Study, number: int) -> Path:

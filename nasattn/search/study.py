@@ -31,8 +31,6 @@ from nasattn.search.stopping import ParetoHalving
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
 SCORE, PARTIAL, REASON = "score", "partial", "reason"
-# Of a row: written by a worker that had lost its right to the slot meanwhile.
-VOID = "void"
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -84,7 +82,7 @@ class Study:
         latest = {
             row.user_attrs[FACTS]["slot"]: row
             for row in self.optuna.get_trials(deepcopy=False)
-            if FACTS in row.user_attrs and VOID not in row.user_attrs
+            if FACTS in row.user_attrs
         }
         return [latest[slot] for slot in sorted(latest)]
 

@@ -7,6 +7,7 @@ from typing import Any
 from nasattn.record import FINISHED
 from nasattn.search.display import Display, Worker
 from nasattn.search.lease import Watch
+from nasattn.search.outage import patiently
 from nasattn.search.study import FACTS, Study, finished
 
 
@@ -68,12 +69,16 @@ def described(facts: Sequence[Mapping[str, Any]]) -> list[Worker]:
 def watch(study: Study, display: Display, interval: float) -> None:
     """Follow the study until it is complete, or until Ctrl-C."""
     follower = Follower(study, display)
+
+    def look() -> bool:
+        return patiently(follower.look, display.note)
+
     try:
         with display:
-            follower.look()
+            look()
             if not display.console.is_terminal:
                 display.note(f"{study.name}: {display.summary()}")
-            while follower.look():
+            while look():
                 time.sleep(interval)
     except KeyboardInterrupt:
         pass

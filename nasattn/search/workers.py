@@ -30,13 +30,13 @@ class Crew:
         self,
         launcher: Launcher,
         study: Study,
-        total: int,
         count: int,
         note: Callable[[str], None],
     ) -> None:
         self.launcher, self.study, self.note = launcher, study, note
-        self.command = [sys.executable, "-m", "nasattn.cli", "resume", "--study", study.name]
-        self.command += ["--trials", str(total), "--workers", "1"]
+        # How many trials there are to be is stored; the number here may be older than that.
+        self.command = [sys.executable, "-m", "nasattn", "resume", "--study", study.name]
+        self.command += ["--workers", "1"]
         self.processes: dict[int, Process] = {}
         self.last_words = ""
         self._deaths, self._finished = 0, 0
@@ -58,9 +58,10 @@ class Crew:
                 self._deaths = 1 + (self._deaths if done == self._finished else 0)
                 self._finished = done
                 self.last_words = f"worker {index} ({process.where}) was killed by signal {-code}"
+                told = self.last_words
                 if self._deaths < MOST_DEATHS:
-                    self.last_words += self._replace(index)
-                self.note(self.last_words)
+                    told += self._replace(index)
+                self.note(told)
             elif code > 0:
                 self.last_words = self._tail(index)
                 self.note(f"worker {index} ({process.where}) stopped: {self.last_words}")
@@ -84,7 +85,9 @@ class Crew:
         try:
             self.processes[index] = self._start(index)
         except Stopped as error:
+            self.last_words += f"; none takes its place: {error}"
             return f"; none takes its place: {error}"
+        self.last_words = ""
         return "; another takes its place"
 
     def _any(self) -> bool:
@@ -147,7 +150,7 @@ def search_with(
     if finished(study.trials) < total:
         search.announce(total, count)
     del search
-    crew = Crew(launcher or Local(experiment.trainer), study, total, count, display.note)
+    crew = Crew(launcher or Local(experiment.trainer), study, count, display.note)
     follower, away, rest = Follower(study, display), False, REST
     try:
         with display:
@@ -168,6 +171,6 @@ def search_with(
                 time.sleep(LOOK)
     finally:
         crew.dismiss()
-    if away or (finished(study.trials) < total and crew.last_words):
+    if away or (crew.last_words and not study.over(total)):
         raise Stopped(crew.last_words or "the database does not answer")
     return study

@@ -1,0 +1,5 @@
+"""`python -m nasattn`: the command `nasattn`."""
+
+from nasattn.cli import main
+
+main()

@@ -259,6 +259,22 @@ def test_who_was_overtaken_writes_over_nothing(tmp_path: Path, said: list[str]) 
     assert b.elsewhere() == {} and objects(a.store.url) == set()
 
 
+def test_an_upload_that_succeeded_unknown_to_its_worker_is_followed_by_others(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database stores it, and its answer is lost."""
+    a, b = (shelf(str(tmp_path / "store"), tmp_path / name, said) for name in "ab")
+    here, there = a.folder / "checkpoints/1/0/trunk", b.folder / "checkpoints/1/0/trunk"
+    a.fetch(here)
+    a.publish(put(here, "one"))
+    with monkeypatch.context() as patch:
+        patch.setattr(a, "_published", lambda *_: 1 / 0)
+        a.publish(put(here, "two"))
+    a.publish(put(here, "three"))
+    b.fetch(there)
+    assert there.read_text() == "three"
+
+
 def test_an_object_that_is_damaged_or_gone_is_passed_over(tmp_path: Path, said: list[str]) -> None:
     a, b = (shelf(str(tmp_path / "store"), tmp_path / name, said) for name in "ab")
     here, there = a.folder / "weights/1.safetensors", b.folder / "weights/1.safetensors"

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from nasattn.config import CuedDigits, ImageFolder
 from nasattn.data import Data, Split, image_folder, load, stratify
 from nasattn.data.cued_digits import MEAN, STD
-from nasattn.errors import TrialFailed, UserError
+from nasattn.errors import Stopped, TrialFailed, UserError
 
 CUED = ((1, 32, 64), 10)
 
@@ -455,6 +455,13 @@ def test_a_file_that_breaks_later_fails_the_trial_by_name(tmp_path: Path) -> Non
     data = folder(fill(tmp_path, SPLITS))
     (tmp_path / "train/b/02.png").write_bytes(b"gone")
     with pytest.raises(TrialFailed, match=r"train/b/02\.png"):
+        list(data.loader("train", 8, 0))
+
+
+def test_a_folder_that_goes_away_ends_the_search(tmp_path: Path) -> None:
+    data = folder(fill(tmp_path, SPLITS))
+    (tmp_path / "train").rename(tmp_path / "unmounted")
+    with pytest.raises(Stopped, match=r"the folder .*train.* is not there any more"):
         list(data.loader("train", 8, 0))
 
 

@@ -6,7 +6,9 @@ their loop is replaced and everything around it is real.
 
 import json
 import math
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ import yaml
 from conftest import FakeStudy
 from rich.console import Console
 from safetensors.torch import load_file
+from test_workers import forked
 from typer.testing import CliRunner
 
 from nasattn import load_study
@@ -479,6 +482,45 @@ def test_kills_change_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
     assert kills >= len(whole_trained.fits) - 1 > 6
     assert fits + len(trained.fits) == len(whole_trained.fits), "nothing was trained twice"
     assert figures(torn) == figures(whole)
+
+
+def test_who_dies_at_the_same_training_three_times_gives_it_up(write: Write) -> None:
+    """Of one seed the backbone kills, of the other the first of the evaluations."""
+    path = write()
+    run(write(final=None))
+    write()
+
+    def work() -> None:
+        patch = pytest.MonkeyPatch()
+        trained = Trainings(patch)
+
+        def deadly(network: Any, data: Any, schedule: Any, **rest: Any) -> Score:
+            again = stored(path)
+            seeds = {e.seed for e in again}
+            if (schedule.epochs == 2 and 0 in seeds) or (schedule.epochs == 1 and not again):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trained.fit(network, data, schedule, **rest)
+
+        patch.setattr(candidate, "fit", deadly)
+        run(path)
+
+    codes = []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        child = forked(work)
+        child.join()
+        codes.append(child.exitcode)
+    assert codes == [-signal.SIGKILL] * 6 + [0]
+    failed = [e for e in stored(path) if e.reason]
+    first = [e for e in failed if e.seed == 0]
+    assert len(first) == 1 and first[0].reason.endswith("killed 3 times while it was evaluated")
+    whole = [e for e in stored(path) if e.seed == 1]
+    assert all("plain backbone" in e.reason for e in whole)
+    assert len(failed) == 1 + len(whole)
+
+
+def stored(path: Path) -> list[Evaluation]:
+    study = load_study(f"sqlite:///{path.parent}/runs/tiny.db", "tiny")
+    return list(evaluations(study.optuna.user_attrs).values())
 
 
 def test_two_workers_share_the_work(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,17 @@ def dump(study: Study) -> list[str]:
         return list(connection.iterdump())
 
 
+def test_a_space_that_has_grown_meanwhile_is_not_put_back(write: Write) -> None:
+    """By a process that had read the study before, and has not begun to work on it."""
+    path = write(SMALL)
+    by_formula(path, 2)
+    old = searching(path)
+    grown = by_formula(write(GROWN), 3).facts
+    with pytest.raises(UserError, match="has just grown"):
+        old.plan(9)
+    assert load_study(old.study.storage, "tiny").facts == grown
+
+
 def grown_is_right(before: Study, old: list[Any], after: Study) -> None:
     """Everything that was there is there still, read by Optuna's own reader."""
     trials = before.trials

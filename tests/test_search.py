@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -426,8 +427,11 @@ def test_without_a_warm_start_every_candidate_starts_from_scratch(write: Write) 
     assert not (study.folder / "backbone.safetensors").exists()
 
 
-def nasattn(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from nasattn.cli import main; main()", *map(str, arguments)]
+def nasattn(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
+    code = "from nasattn.cli import main; main()"
+    if before:
+        code = f"from nasattn.search import database; {before}; {code}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -462,6 +466,72 @@ def test_how_far_a_study_is_is_told_before_torch_is_loaded(write: Write) -> None
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.stdout == "the study 'tiny': 3 of 5 trials are done\n"
     assert "import of torch halted" in done.stderr
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
+    assert done.returncode == code and text in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_database_that_is_locked_or_damaged_is_told_in_a_line(write: Write) -> None:
+    path = write()
+    by_formula(path, 3)
+    file = path.parent / "runs" / "tiny.db"
+    damaged = file.with_name("damaged.db")
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'trial_user_attributes'"
+        ).fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        connection.execute("BEGIN EXCLUSIVE")
+        locked = nasattn("search", path, "--trials", "4", before="database.BUSY = 1")
+    refused(locked, 1, "the database cannot be used: database is locked")
+    content = bytearray(file.read_bytes())
+    content[(page - 1) * size : page * size] = random.Random(0).randbytes(size)
+    damaged.write_bytes(content)
+    for command in ("status", "pareto", "resume"):
+        done = nasattn(command, "--storage", f"sqlite:///{damaged}", "--study", "tiny")
+        refused(done, 1, "the database cannot be used: database disk image is malformed")
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_a_folder_that_cannot_be_written_is_told_before_any_training(
+    write: Write, way: str
+) -> None:
+    path = write()
+    runs = path.parent / "runs"
+    runs.mkdir()
+    if way == "file":
+        (runs / "tiny").write_text("in the way")
+        refused(nasattn("search", path), 2, "the folder")
+    else:
+        (runs / "frontier.json").mkdir()
+        refused(nasattn("search", path, "--trials", "1"), 2, "frontier.json cannot be written")
+
+
+def test_a_schedule_that_breaks_an_untrained_network_leaves_the_estimate_out(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, said = searching(write()), list[str]()
+    monkeypatch.setattr(search.display, "note", said.append)
+    monkeypatch.setattr(search.study.__class__, "trials", property(lambda self: []))
+
+    def nan(*_: Any, **__: Any) -> float:
+        raise TrialFailed("the loss is nan at step 3")
+
+    monkeypatch.setattr(search.evaluator, "estimate", nan)
+    search.announce(6)
+    assert said[-1].startswith("7 trainings to go; Ctrl-C")
+
+
+def test_weights_that_are_damaged_are_trained_again(write: Write) -> None:
+    study = by_formula(write(), 2)
+    weights_file(study, 0).write_bytes(b"damaged")
+    display, said = Display(Console(quiet=True)), list[str]()
+    display.note = said.append  # type: ignore[method-assign]
+    weights = weights_of_trial(study, study.trials[0], display)
+    assert weights and "cannot be read" in said[0]
 
 
 def test_loading_leaves_the_garbage_collector_as_it_was() -> None:

@@ -352,6 +352,19 @@ def test_a_disk_that_is_full_is_noted_and_the_training_ends(
     assert len(notes) == 6 and all("No space left" in note for note in notes)
 
 
+def test_what_is_in_a_checkpoints_way_is_noted_and_the_training_ends(
+    data: Data, tmp_path: Path
+) -> None:
+    made = evaluator(data, tmp_path)
+    made.prepare(quiet)
+    expected = made(candidate(), quiet)
+    for name in ("trunk.safetensors", ".trunk.safetensors.draft"):
+        kept = tmp_path / name.strip(".") / "kept"
+        (kept / "0" / name).mkdir(parents=True)
+        assert same(made(candidate(), quiet, checkpoints=kept), expected)
+    assert made.notes  # type: ignore[attr-defined]
+
+
 def test_the_backbone_goes_on_too(data: Data, tmp_path: Path) -> None:
     whole, torn = (evaluator(data, tmp_path / name) for name in ("whole", "torn"))
     whole.prepare(quiet)

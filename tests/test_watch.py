@@ -10,12 +10,14 @@ import pytest
 from conftest import FakeStudy
 from rich.cells import cell_len
 from rich.console import Console
+from sqlalchemy.exc import OperationalError
 
 from nasattn.record import Trial
 from nasattn.search import display as display_module
+from nasattn.search import outage
 from nasattn.search.display import REDRAW, Display, Worker, sparkline
 from nasattn.search.study import Study, accuracy
-from nasattn.search.watch import Follower, described
+from nasattn.search.watch import Follower, described, watch
 
 FACTS = [
     {"host": "a", "pid": 12, "task": "trial 20: ccnet @ stage3.0", "share": 0.5, "accuracy": 0.8},
@@ -166,6 +168,23 @@ def test_a_sparkline_reaches_from_the_least_to_the_largest() -> None:
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([0.3, 0.3]) == "▁▁"
     assert sparkline([]) == ""
+
+
+def test_a_database_that_is_away_for_a_moment_is_waited_for(
+    whole: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, fails = Follower.look, [True, False, True]
+
+    def look(self: Follower) -> bool:
+        if fails and fails.pop():
+            raise OperationalError("select", {}, Exception("server closed the connection"))
+        return looked(self)
+
+    monkeypatch.setattr(Follower, "look", look)
+    monkeypatch.setattr(outage, "pause", lambda seconds: None)
+    display, text = plain()
+    watch(whole, display, 0.01)
+    assert not fails and text.getvalue().count("server closed the connection") == 2
 
 
 def test_the_command_ends_with_a_complete_study(whole: Study) -> None:

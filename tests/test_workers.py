@@ -255,6 +255,117 @@ def test_a_baseline_that_kills_its_worker_ends_the_search(write: Write) -> None:
     assert rows(by_formula(path, 4)) == rows(whole), "the next command tries it again"
 
 
+def test_a_last_trial_that_kills_is_told_and_counted(write: Write) -> None:
+    whole = by_formula(write("whole"), 6)
+    path, last = write("torn"), whole.trials[5].architecture.key
+    for _ in range(3):
+        killed(path, 6, {last})
+    search, said = searching(path), list[str]()
+    search.display.note = said.append  # type: ignore[method-assign]
+    search.evaluator = Formula()  # type: ignore[assignment]
+    search.run(6)
+    assert "the study 'tiny' is complete: 6 trials" in said
+    assert [t.state for t in search.study.trials] == ["scored"] * 5 + ["failed"]
+
+
+def test_a_backbone_that_kills_its_worker_ends_the_search(write: Write) -> None:
+    path = write()
+
+    class Unprepared(Formula):
+        stored = False
+        training = path.parent / "runs" / "tiny" / "backbone.checkpoints"
+
+        def prepare(self, tick: Tick) -> bool:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return True
+
+    for _ in range(3):
+        child = forked(lambda: by_formula(path, 4, Unprepared()))
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    with pytest.raises(TrialFailed, match=r"plain backbone .* killed 3 times"):
+        by_formula(path, 4, Unprepared())
+    assert len(by_formula(path, 4).trials) == 4, "the next command tries it again"
+
+
+def test_what_is_remarked_of_a_training_stands_with_its_trial(write: Write) -> None:
+    search = searching(write())
+    text = "trunk.safetensors: this checkpoint cannot be used"
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        for _ in range(2):
+            search._remark(text)
+        return Formula()(*arguments, **options)
+
+    search.evaluator = with_calls(evaluate)
+    study = search.run(2)
+    assert [t.user_attrs["remarks"] for t in study.optuna.trials] == [[text]] * 2
+
+
+def test_a_broken_machine_does_not_use_up_the_slots(write: Write) -> None:
+    path = write()
+    by_formula(path, 2)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    search = searching(path)
+    search.evaluator = with_calls(broken)
+    with pytest.raises(Stopped, match=r"5 trainings in a row broke here.*Input/output error"):
+        search.run(30)
+    states = [t.state for t in by_formula(path, 9).trials]
+    assert states == ["scored"] * 2 + ["failed"] * 4 + ["scored"] * 3
+
+
+def test_an_unforeseen_error_now_and_then_is_the_trials_own(write: Write) -> None:
+    calls, formula = list[int](), Formula()
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) % 5:
+            return formula(*arguments, **options)
+        raise ValueError("a module of the user's")
+
+    search = searching(write())
+    search.evaluator = with_calls(broken)
+    states = [t.state for t in search.run(30).trials]
+    assert states.count("failed") == 6 and states.count("scored") == 24
+
+
+def test_how_many_trials_are_asked_for_is_the_last_ones_word(write: Write) -> None:
+    """A worker that replaces one of an earlier, shorter command does not shorten the study."""
+    commands: list[list[str]] = []
+
+    class Noting:
+        def start(self, command: list[str], index: int, log: Path, env: Any) -> ForkProcess:
+            commands.append(command)
+            return ForkProcess(forked(lambda: None))
+
+    workers.search_with(searching(write()).experiment, 4, 1, Display(Console(quiet=True)), Noting())
+    assert commands[0][1:4] == ["-m", "nasattn", "resume"] and "--trials" not in commands[0]
+
+
+def test_a_database_whose_file_is_removed_ends_the_search(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would go on in a file that nobody can open any more."""
+    path = write()
+    file = path.parent / "runs" / "tiny.db"
+    by_formula(path, 2)
+    monkeypatch.setattr(outage, "PATIENCE", 0.2)
+    search, away = searching(path), file.with_name("away.db")
+
+    def evaluate(*a: Any, **k: Any) -> Any:
+        file.rename(away)
+        return Formula()(*a, **k)
+
+    search.evaluator = with_calls(evaluate)
+    with pytest.raises(Stopped, match=r"tiny\.db was removed or replaced"):
+        search.run(5)
+    away.rename(file)
+    assert [t.state for t in by_formula(path, 5).trials] == ["scored"] * 5
+
+
 def test_a_worker_keeps_no_lease_of_a_trial_that_has_ended(write: Write) -> None:
     """Else the table would grow with the study, and no other worker could promote the trial."""
     search, held = searching(write()), list[set[str]]()
@@ -593,3 +704,33 @@ def test_workers_that_stop_by_themselves_are_not_replaced(
         experiment = searching(write()).experiment
         workers.search_with(experiment, 20, 3, Display(Console(quiet=True)), launcher)
     assert launcher.started == 3
+
+    path = write(final={"seeds": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Retraining, "run", lambda self: None)
+        by_formula(path, 20)
+    with pytest.raises(Stopped, match=r"^the disk is full$"):  # within the final
+        experiment = searching(path).experiment
+        workers.search_with(experiment, 20, 3, Display(Console(quiet=True)), launcher)
+
+
+def test_a_crew_whose_space_is_exhausted_has_not_failed(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of it was killed before, and replaced."""
+    monkeypatch.setattr(loop, "Evaluator", lambda *a: Formula())
+    path = write()
+    by_formula(path, 4)
+
+    class Dying:
+        started = 0
+
+        def start(self, command: Any, index: int, log: Path, env: Any) -> ForkProcess:
+            self.started += 1
+            signals = {1: signal.SIGKILL}  # the others find nothing to do
+            return ForkProcess(forked(lambda: os.kill(os.getpid(), signals.get(self.started, 0))))
+
+    launcher = Dying()
+    experiment = searching(path).experiment
+    study = workers.search_with(experiment, 6, 2, Display(Console(quiet=True)), launcher)
+    assert launcher.started == 3 and len(study.trials) == 4

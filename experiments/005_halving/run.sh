@@ -6,3 +6,4 @@ export OMP_NUM_THREADS=1
 python curves.py 3
 python curves.py tau
 python simulate.py
+python searches.py

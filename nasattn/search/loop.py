@@ -75,9 +75,10 @@ class Search:
             self.data,
             self.space.baseline(),
             self.study.folder,
-            self.display.note,
+            self._remark,
             self.study.files,
         )
+        self._job: Job | None = None  # what is being evaluated
         self.stopping = ParetoHalving.of(experiment)
         self._published: list[Trial] = []
         self._broken = 0  # trainings in a row that ended in an error that nobody foresaw
@@ -194,8 +195,15 @@ class Search:
     def _turn(self, slots: Slots, total: int) -> Turn:
         return patiently(lambda: slots.next(total, self._publish), self.display.note)
 
+    def _remark(self, text: str) -> None:
+        """Of a training, such as a checkpoint that cannot be used: said, and kept in its row."""
+        self.display.note(text)
+        if (job := self._job) is not None:
+            patiently(partial(self.study.remark, job.row, text), self.display.note)
+
     def _evaluate(self, slots: Slots, job: Job) -> None:
         """Train a trial's architecture and record how it did."""
+        self._job = job
         try:
             score = self._kept_score(job) or self._train(slots, job)
         except Stopped:
@@ -217,6 +225,8 @@ class Search:
             self._broken = 0
             if score is not None:
                 patiently(lambda: slots.finish(job, score), self.display.note)
+        finally:
+            self._job = None
 
     def _train(self, slots: Slots, job: Job) -> Score | None:
         """The score of a whole training, whose weights are stored; None when it was stopped."""

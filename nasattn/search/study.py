@@ -30,7 +30,7 @@ from nasattn.search.stopping import ParetoHalving
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
-SCORE, PARTIAL, REASON = "score", "partial", "reason"
+SCORE, PARTIAL, REASON, REMARKS = "score", "partial", "reason", "remarks"
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -254,6 +254,13 @@ class Study:
         """What each live worker says of itself: host, pid, task, slot, share, accuracy, refused."""
         found = workers(self.engine, self.name, watch)
         return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
+
+    def remark(self, row: int, text: str) -> None:
+        """Keep a text with a trial that is running, by its row's id."""
+        storage = self.optuna._storage
+        told = storage.get_trial(row).user_attrs.get(REMARKS, [])
+        if text not in told:
+            storage.set_trial_user_attr(row, REMARKS, [*told, text])
 
     @property
     def database(self) -> Database:

@@ -487,3 +487,7 @@ def main() -> None:
             raise
         print(f"nasattn: the database cannot be used: {why}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

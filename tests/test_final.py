@@ -33,7 +33,7 @@ from nasattn.cli import app
 from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data, load
-from nasattn.errors import TrialFailed, UserError
+from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate, train
 from nasattn.model import build, load_backbone
 from nasattn.pareto import non_dominated
@@ -447,7 +447,7 @@ class Trainings:
 
     def test(self, network: Any, data: Any, **rest: Any) -> float:
         self.tests += 1
-        return float(sum(p.double().abs().sum() for p in network.parameters()) % 1)
+        return float(sum(p.detach().double().abs().sum() for p in network.parameters()) % 1)
 
 
 def test_all_that_is_asked_for_is_evaluated_once(
@@ -512,10 +512,23 @@ def test_who_dies_at_the_same_training_three_times_gives_it_up(write: Write) -> 
     assert codes == [-signal.SIGKILL] * 6 + [0]
     failed = [e for e in stored(path) if e.reason]
     first = [e for e in failed if e.seed == 0]
-    assert len(first) == 1 and first[0].reason.endswith("killed 3 times while it was evaluated")
+    assert [e.reason.rpartition("killed ")[2] for e in first] == [
+        "3 times while it was evaluated"
+    ], first
     whole = [e for e in stored(path) if e.seed == 1]
     assert all("plain backbone" in e.reason for e in whole)
     assert len(failed) == 1 + len(whole)
+
+
+def test_a_broken_machine_does_not_use_up_the_evaluations(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+    errors = {f"_{n}": RuntimeError("CUDA error: an illegal memory access") for n in range(2, 7)}
+    Trainings(monkeypatch, **errors)
+    with pytest.raises(Stopped, match="5 trainings in a row broke here"):
+        run(path)
+    assert len(stored(path)) == 4, "the fifth is left open"
 
 
 def stored(path: Path) -> list[Evaluation]:

@@ -1,7 +1,9 @@
 """The frontier sampler on its own: what it promises any Optuna study."""
 
+import copy
 import itertools
 import math
+import pickle
 import random
 import threading
 from collections.abc import Callable
@@ -465,6 +467,79 @@ def test_processes_that_propose_at_once_do_not_repeat_each_other(tmp_path: Path)
         thread.join()
     study = optuna.load_study(study_name="one", storage=storage)
     assert len(set(keys(study))) == len(study.trials) == 24
+
+
+def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path) -> None:
+    storage, together = f"sqlite:///{tmp_path}/one.db", threading.Barrier(2, timeout=60)
+    space = {"a": CategoricalDistribution((0, 1)), "b": CategoricalDistribution((0, 1, 2))}
+    price = lambda p: float(p["a"] + p["b"])  # noqa: E731
+    study = study_of(FrontierSampler({1: price}), storage=storage, study_name="one")
+    for row in list(itertools.product((0, 1), (0, 1, 2)))[:5]:
+        params = dict(zip(space, row, strict=True))
+        study.add_trial(
+            create_trial(params=params, distributions=space, values=(0.5, price(params)))
+        )
+    found: list[Any] = []
+
+    class AtOnce(FrontierSampler):
+        first = True
+
+        def _propose(self, *arguments: Any) -> Any:
+            row = super()._propose(*arguments)
+            if self.first:
+                self.first = False
+                together.wait()
+            return row
+
+    def work() -> None:
+        sampler = AtOnce({1: price}, space=space)
+        study = optuna.load_study(study_name="one", storage=storage, sampler=sampler)
+        try:
+            found.append(tuple(study.ask(space).params.values()))
+        except Exhausted:
+            found.append(None)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found, key=str) == [(1, 2), None]
+
+
+def test_a_cost_is_asked_of_feasible_rows_alone() -> None:
+    """Such as a table that has no others."""
+    table = {row: float(sum(row)) for row in itertools.product((0, 1, 2), repeat=3) if any(row)}
+    asked = list[tuple[Any, ...]]()
+
+    def price(p: Params) -> float:
+        asked.append(tuple(p.values()))
+        return table[tuple(p.values())]
+
+    forbidden = lambda p: 1.0 if not any(p.values()) else -1.0  # noqa: E731
+    space = {name: CategoricalDistribution((0, 1, 2)) for name in "abc"}
+    sampler = FrontierSampler({1: price}, constraints=forbidden)
+    study = study_of(sampler)
+    first = create_trial(params=dict.fromkeys(space, 1), distributions=space, values=(0.5, 3.0))
+    study.add_trial(first)
+    for _ in range(20):
+        trial = study.ask()
+        row = tuple(trial.suggest_categorical(name, (0, 1, 2)) for name in space)
+        study.tell(trial, (1 / sum(row), table[row]))
+    assert len({tuple(t.params.values()) for t in study.trials}) == 21
+    assert len(asked) == len(set(asked)), "each is priced once"
+
+
+def test_a_sampler_can_be_copied_and_pickled() -> None:
+    sampler = FrontierSampler({1: cost}, seed=3)
+    study = study_of(sampler)
+    study.optimize(objective, n_trials=12)
+    proposals = []
+    for each in (sampler, copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        again = study_of(each)
+        again.add_trials(study.trials)
+        proposals.append(again.ask(SPACE).params)
+    assert proposals[0] == proposals[1] == proposals[2]
 
 
 def test_who_asks_while_another_has_suggested_only_a_part_is_not_asked_for_its_costs() -> None:

@@ -345,25 +345,32 @@ def test_how_many_trials_are_asked_for_is_the_last_ones_word(write: Write) -> No
     assert commands[0][1:4] == ["-m", "nasattn", "resume"] and "--trials" not in commands[0]
 
 
-def test_a_database_whose_file_is_removed_ends_the_search(
-    write: Write, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["moved", "deleted"])
+def test_a_database_whose_file_is_gone_ends_the_search(
+    write: Write, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Else it would go on in a file that nobody can open any more."""
+    """Else it would go on in a file that nobody can open any more. Nothing is put in its place, and
+    what was moved away is whole."""
     path = write()
     file = path.parent / "runs" / "tiny.db"
     by_formula(path, 2)
-    monkeypatch.setattr(outage, "PATIENCE", 0.2)
-    search, away = searching(path), file.with_name("away.db")
+    monkeypatch.setattr(outage, "PATIENCE", 0.5)
+    search, away, formula = searching(path), file.with_name("away.db"), Formula()
 
     def evaluate(*a: Any, **k: Any) -> Any:
-        file.rename(away)
-        return Formula()(*a, **k)
+        if formula.calls == 2:
+            file.rename(away) if way == "moved" else file.unlink()
+        return formula(*a, **k)
 
     search.evaluator = with_calls(evaluate)
     with pytest.raises(Stopped, match=r"tiny\.db was removed or replaced"):
-        search.run(5)
-    away.rename(file)
-    assert [t.state for t in by_formula(path, 5).trials] == ["scored"] * 5
+        search.run(7)
+    assert not file.exists()
+    if way == "moved":
+        away.rename(file)
+        again = Formula()
+        assert [t.state for t in by_formula(path, 7, again).trials] == ["scored"] * 7
+        assert again.calls == 2, "of five trials the database had four, the weights' folder one"
 
 
 def test_a_worker_keeps_no_lease_of_a_trial_that_has_ended(write: Write) -> None:

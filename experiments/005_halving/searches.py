@@ -1,6 +1,6 @@
 """Whole searches on the table of curves.csv: each sampler, with halving and without.
 
-    python searches.py [RUNS]      prints medians (ranges) over the runs, about a minute a run
+    python searches.py [RUNS]      prints medians (ranges) over the runs, about 1.5 minutes a run
 
 It is the search as users run it, through the database; a training is looked up. Epochs and
 hypervolume as in simulate.py: over training everything, by the run's own seed or the two others.

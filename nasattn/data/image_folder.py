@@ -78,7 +78,7 @@ class Images:
         try:
             image = decode(path, channels)
         except Exception as error:  # a decoder may raise anything on a damaged file
-            if not path.parent.is_dir():
+            if not os.path.isdir(path.parent):  # Path's own raises for a network that is gone
                 raise Stopped(f"the folder {path.parent} is not there any more") from error
             raise TrialFailed(f"{path} could be read before, now it cannot: {error}") from error
         box = _centre(image.size, self.input) if rng is None else _crop(image.size, self.input, rng)

@@ -90,7 +90,8 @@ def _write_ahead(connection: Any, record: Any) -> None:
 
 def _miss_file(engine: Engine) -> None:
     """Notice when the file of a sqlite database was removed or replaced: the system would let its
-    connections write on, into what nobody can open any more."""
+    connections write on, into what nobody can open any more. Nor is a new one opened then: sqlite
+    would make an empty file, and throw away the log that belongs to the other."""
     path = Path(str(engine.url.database))
 
     def known() -> tuple[int, int] | None:
@@ -102,12 +103,13 @@ def _miss_file(engine: Engine) -> None:
 
     opened = known()
 
-    def taken(connection: Any, record: Any, proxy: Any) -> None:
+    def missed(*_: Any) -> None:
         if known() != opened:
             error = FileNotFoundError(f"{path} was removed or replaced")
             raise OperationalError("", {}, error)
 
-    event.listen(engine, "checkout", taken)
+    event.listen(engine, "do_connect", missed)
+    event.listen(engine, "checkout", missed)
 
 
 def _try_idle(engine: Engine) -> None:

@@ -91,6 +91,12 @@ class FrontierSampler(BaseSampler):
         self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
         self._lock = threading.Lock()  # of the threads of `optimize(n_jobs=...)`
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
@@ -106,20 +112,17 @@ class FrontierSampler(BaseSampler):
         names = frozenset.intersection(*whole) if whole else frozenset()
         first = next((t for t in found if names <= t.params.keys()), None)
         shared = {k: v for k, v in first.distributions.items() if k in names} if first else {}
-        some = {
-            k: v.choices[0] for k, v in shared.items() if isinstance(v, CategoricalDistribution)
-        }
-        if other := [k for k in shared if k not in some]:
+        if other := [k for k, v in shared.items() if not isinstance(v, CategoricalDistribution)]:
             raise ValueError(f"the parameters {other} are not categorical; allowed: categorical")
-        return shared if self._priced(some) else {}
+        return shared if complete or not first or self._priced(first.params) else {}
 
     def _priced(self, params: dict[str, Any]) -> bool:
         """Whether these are enough to tell the costs. Not those of a trial that has suggested only
         a part so far."""
         try:
-            self._violation(params)
-            for cost in self.costs.values():
-                cost(params)
+            if not self._violation(params):
+                for cost in self.costs.values():
+                    cost(params)
         except (LookupError, TypeError):
             return False
         return True
@@ -148,11 +151,16 @@ class FrontierSampler(BaseSampler):
                     return space.params(row)
                 # Other processes have proposed it at the same time. The later trial leaves them the
                 # next best as well, or they would go on to meet.
-                rows = _Rows.of(study, trial, space)
-                row = self._propose(space, rows, signs)
-                if min(rivals) < trial.number:
-                    rows.seen.add(row)
+                rows.seen.add(row)
+                try:
                     row = self._propose(space, rows, signs)
+                    if min(rivals) < trial.number:
+                        rows.seen.add(row)
+                        row = self._propose(space, rows, signs)
+                except Exhausted:
+                    if min(rivals) < trial.number:
+                        raise
+                    return space.params(row)  # the last one is the first trial's
 
     def sample_independent(
         self,

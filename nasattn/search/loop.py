@@ -21,7 +21,7 @@ from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.opening import open_study
-from nasattn.search.outage import full, full_disk, patiently
+from nasattn.search.outage import MOST_BROKEN, broken_machine, full, full_disk, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
 from nasattn.search.slots import KILLED, Job, Slots, Turn, count_death, weights_file
@@ -29,7 +29,6 @@ from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, Study, accuracy, finished
 from nasattn.space import SearchSpace
 
-MOST_BROKEN = 5  # trainings in a row, after which it is this machine that is broken
 WAIT = 0.5  # seconds between two looks at what the other workers do
 
 
@@ -214,10 +213,7 @@ class Search:
             why, trace = reason(error), traceback.format_exc()
             self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
             if self._broken == MOST_BROKEN:
-                raise Stopped(
-                    f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is "
-                    "left open; the same command goes on"
-                ) from error
+                raise Stopped(broken_machine(why)) from error
             patiently(lambda: slots.fail(job, why, trace), self.display.note)
             if job.trial.baseline:
                 raise TrialFailed(f"the plain backbone could not be trained: {why}") from error

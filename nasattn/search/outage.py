@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
 
 from nasattn.errors import Stopped
 
@@ -22,6 +21,7 @@ class StoreAway(Exception):
 
 
 PATIENCE = 120.0  # seconds from the first failure until the search stops
+MOST_BROKEN = 5  # trainings in a row that no one foresaw: then it is this machine that is broken
 PAUSES = 0.1, 10.0  # seconds between two tries, the first and the longest
 pause = time.sleep
 
@@ -66,6 +66,13 @@ def full_disk(error: BaseException) -> Stopped:
     )
 
 
+def broken_machine(why: str) -> str:
+    return (
+        f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is left open; "
+        "the same command goes on"
+    )
+
+
 def gone(error: BaseException) -> bool:
     """Whether the error means that the database could not be reached or was locked, or that the
     artifact store could not be reached."""
@@ -77,10 +84,10 @@ def gone(error: BaseException) -> bool:
 
 
 def broken_database(error: BaseException) -> str:
-    """What is wrong with a database that answers by an error of its own, in the driver's words; the
-    empty string where it is another error."""
-    own = (DBAPIError, StorageInternalError)
-    return cause(error) if any(isinstance(e, own) for e in _causes(error)) else ""
+    """What is wrong with a database that is gone, locked or damaged, in the driver's words; the
+    empty string for other errors: wrong SQL is our own."""
+    damaged = any(type(e) is DatabaseError for e in _causes(error))
+    return cause(error) if damaged or gone(error) else ""
 
 
 def full(error: BaseException) -> bool:

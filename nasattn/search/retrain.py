@@ -14,7 +14,7 @@ from nasattn.record import Cost
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
 from nasattn.search.lease import BACKBONE, Leases
-from nasattn.search.outage import full, full_disk, patiently
+from nasattn.search.outage import MOST_BROKEN, broken_machine, full, full_disk, patiently
 from nasattn.search.slots import KILLED, count_death
 from nasattn.search.study import Study
 from nasattn.seed import derive
@@ -32,6 +32,7 @@ class Retraining:
         self.study, self.data, self.display, self.leases = study, data, display, leases
         self.experiment: Experiment = study.config
         trials = study.trials
+        self._broken = 0  # evaluations in a row that ended in an error that nobody foresaw
         self.planned = contenders(trials, study.frontier(trials))
         seeds = self.experiment.final.seeds if self.experiment.final else 0
         self.evaluators = [evaluator_of(study, data, s, display.note) for s in range(seeds)]
@@ -124,8 +125,13 @@ class Retraining:
         except Exception as error:
             if full(error):
                 raise full_disk(error) from error
-            self._store(_blank(contender, seed, reason(error)))
+            why = reason(error)
+            self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
+            if self._broken == MOST_BROKEN:
+                raise Stopped(broken_machine(why)) from error
+            self._store(_blank(contender, seed, why))
         else:
+            self._broken = 0
             done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
             self._store(replace(done, val=score.accuracy, test=test))
         self.study.files.drop(files)

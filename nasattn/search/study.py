@@ -82,7 +82,7 @@ class Study:
         latest = {
             row.user_attrs[FACTS]["slot"]: row
             for row in self.optuna.get_trials(deepcopy=False)
-            if FACTS in row.user_attrs
+            if FACTS in row.user_attrs and "void" not in row.user_attrs  # of earlier versions
         }
         return [latest[slot] for slot in sorted(latest)]
 

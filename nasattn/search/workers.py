@@ -9,6 +9,7 @@ from pathlib import Path
 from nasattn.config import Experiment
 from nasattn.errors import Stopped, UserError, lookup
 from nasattn.search.display import Display
+from nasattn.search.final import evaluations
 from nasattn.search.launchers import STORAGE, Launcher, Local, Process
 from nasattn.search.loop import Search
 from nasattn.search.outage import gone
@@ -19,7 +20,7 @@ from nasattn.search.watch import Follower
 
 LOOK = 0.5  # seconds between two looks at the processes and the database
 FAREWELL = 60.0  # seconds for a clean end before a process is killed
-MOST_DEATHS = 10  # workers killed in a row with no trial finished meanwhile
+MOST_DEATHS = 10  # workers killed in a row with nothing finished meanwhile
 REST = 5.0  # seconds in which the workers of a complete study end by themselves
 
 
@@ -48,7 +49,7 @@ class Crew:
             raise
 
     def tend(self, done: int) -> bool:
-        """Replace who was killed; False when nobody works any more. done: trials finished."""
+        """Replace who was killed; False when nobody works any more. done: what is finished."""
         for index, process in list(self.processes.items()):
             code = process.poll()
             if code is None:
@@ -151,13 +152,14 @@ def search_with(
         search.announce(total, count)
     del search
     crew = Crew(launcher or Local(experiment.trainer), study, count, display.note)
-    follower, away, rest = Follower(study, display), False, REST
+    follower, away, rest, progress = Follower(study, display), False, REST, 0
     try:
         with display:
             while True:
-                working = crew.tend(finished(display.trials))
+                working = crew.tend(progress)
                 try:
                     idle = not follower.look() and study.over(total)
+                    progress = finished(display.trials) + len(evaluations(study.optuna.user_attrs))
                     rest = rest - LOOK if idle else REST
                     away = False
                 except Exception as error:

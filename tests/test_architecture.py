@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"search"},
     {"export", "report", "tables"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = LAYERS[: LAYERS.index({"blocks"})]
@@ -59,7 +60,7 @@ OWNERS: dict[str, set[str]] = {
     "typer": {"cli"},
     "torchvision": set(),
     "timm": set(),
-    "torch": set(RANK) - set().union(*TORCH_FREE) - {"cli"},
+    "torch": set(RANK) - set().union(*TORCH_FREE) - {"cli", "__main__"},
 }
 
 

@@ -285,7 +285,6 @@ def main() -> None:
     part.add_argument("--before", type=int, default=100, help="trials in the study already")
     part = what.add_parser("work", help="what `scale` starts")
     part.add_argument("--study")
-    part.add_argument("--trials", type=int)
     part.add_argument("--workers")
     args = parser.parse_args()
     if args.what == "engine":
@@ -299,7 +298,7 @@ def main() -> None:
         from nasattn.search.opening import load_study
 
         study = load_study(os.environ["NASATTN_STORAGE"], args.study)
-        work(study.config, args.trials, Display(Console()))
+        work(study.config, study.config.search.trials, Display(Console()))
 
 
 if __name__ == "__main__":

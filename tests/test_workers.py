@@ -355,17 +355,22 @@ def test_a_database_whose_file_is_gone_ends_the_search(
     file = path.parent / "runs" / "tiny.db"
     by_formula(path, 2)
     monkeypatch.setattr(outage, "PATIENCE", 0.5)
-    search, away, formula = searching(path), file.with_name("away.db"), Formula()
+    away, formula = file.with_name("away.db"), Formula()
 
     def evaluate(*a: Any, **k: Any) -> Any:
         if formula.calls == 2:
             file.rename(away) if way == "moved" else file.unlink()
         return formula(*a, **k)
 
-    search.evaluator = with_calls(evaluate)
-    with pytest.raises(Stopped, match=r"tiny\.db was removed or replaced"):
-        search.run(7)
-    assert not file.exists()
+    def failing() -> None:
+        search = searching(path)
+        search.evaluator = with_calls(evaluate)
+        with pytest.raises(Stopped, match=r"tiny\.db was removed or replaced"):
+            search.run(7)
+
+    child = forked(failing)
+    child.join()
+    assert child.exitcode == 0 and not file.exists()
     if way == "moved":
         away.rename(file)
         again = Formula()

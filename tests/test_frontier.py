@@ -7,6 +7,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -434,43 +435,43 @@ def test_threads_do_not_repeat_each_others_proposals(known: Any) -> None:
     assert len(set(keys(study))) == 41
 
 
+class AtOnce(FrontierSampler):
+    """Its first proposal is there before the other's is stored, as in two processes."""
+
+    def __init__(self, together: threading.Barrier, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.together, self.first = together, True
+
+    def _propose(self, *arguments: Any) -> Any:
+        row = super()._propose(*arguments)
+        if self.first:
+            self.first = False
+            self.together.wait()
+        return row
+
+
 def test_processes_that_propose_at_once_do_not_repeat_each_other(tmp_path: Path) -> None:
     """Two samplers on one database, as in two processes: each reads before either has told."""
     storage = f"sqlite:///{tmp_path}/one.db"
-    together = threading.Barrier(2, timeout=60)
-
-    class AtOnce(FrontierSampler):
-        first = True
-
-        def _propose(self, *arguments: Any) -> Any:
-            row = super()._propose(*arguments)
-            if self.first:
-                self.first = False
-                together.wait()
-            return row
-
     study_of(FrontierSampler({1: cost}), storage=storage, study_name="one").optimize(
         objective, n_trials=12
     )
 
-    def work() -> None:
-        sampler = AtOnce({1: cost}, space=SPACE)
+    def work(together: threading.Barrier) -> None:
+        sampler = AtOnce(together, {1: cost}, space=SPACE)
         study = optuna.load_study(study_name="one", storage=storage, sampler=sampler)
         for _ in range(6):
             sampler.first = True
             study.optimize(objective, n_trials=1)
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, [threading.Barrier(2, timeout=60)] * 2))
     study = optuna.load_study(study_name="one", storage=storage)
     assert len(set(keys(study))) == len(study.trials) == 24
 
 
 def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path) -> None:
-    storage, together = f"sqlite:///{tmp_path}/one.db", threading.Barrier(2, timeout=60)
+    storage = f"sqlite:///{tmp_path}/one.db"
     space = {"a": CategoricalDistribution((0, 1)), "b": CategoricalDistribution((0, 1, 2))}
     price = lambda p: float(p["a"] + p["b"])  # noqa: E731
     study = study_of(FrontierSampler({1: price}), storage=storage, study_name="one")
@@ -481,29 +482,16 @@ def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path)
         )
     found: list[Any] = []
 
-    class AtOnce(FrontierSampler):
-        first = True
-
-        def _propose(self, *arguments: Any) -> Any:
-            row = super()._propose(*arguments)
-            if self.first:
-                self.first = False
-                together.wait()
-            return row
-
-    def work() -> None:
-        sampler = AtOnce({1: price}, space=space)
+    def work(together: threading.Barrier) -> None:
+        sampler = AtOnce(together, {1: price}, space=space)
         study = optuna.load_study(study_name="one", storage=storage, sampler=sampler)
         try:
             found.append(tuple(study.ask(space).params.values()))
         except Exhausted:
             found.append(None)
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, [threading.Barrier(2, timeout=60)] * 2))
     assert sorted(found, key=str) == [(1, 2), None]
 
 

@@ -8,11 +8,10 @@ hypervolume as in simulate.py: over training everything, by the run's own seed o
 
 import sys
 import tempfile
-from statistics import median
 from typing import Any
 
 from rich.console import Console
-from simulate import HERE, SHARES, Course, Table, reach
+from simulate import HERE, SHARES, Course, Table, reach, show
 
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment
@@ -30,7 +29,9 @@ SPENT = (0.05, 0.1, 0.35)  # shares of all epochs after which the hypervolume is
 class Logged(TableEvaluator):
     """calls: what was trained, in order; rung None: to the end without rungs."""
 
-    calls: list[tuple[Architecture, int | None, Score]]
+    def __init__(self, repeat: int) -> None:
+        super().__init__(HERE / "curves.csv", repeat)
+        self.calls: list[tuple[Architecture, int | None, Score]] = []
 
     def __call__(
         self, architecture: Architecture, tick: Tick, *, rung: int | None = None, **unused: Any
@@ -50,9 +51,7 @@ def searched(table: Table, repeat: int, seed: int, sampler: str, stopping: str) 
     with tempfile.TemporaryDirectory() as folder:
         fields["storage"] = f"sqlite:///{folder}/search.db"
         search = Search(Experiment.from_dict(fields), Display(Console(quiet=True)))
-        evaluator = Logged(HERE / "curves.csv", repeat)
-        evaluator.calls = []
-        search.evaluator = evaluator  # type: ignore[assignment]
+        search.evaluator = evaluator = Logged(repeat)  # type: ignore[assignment]
         search.run(len(table.every))
     spent, course, trials = dict[str, int](), [], []
     for architecture, rung, score in evaluator.calls:
@@ -83,12 +82,7 @@ def main(runs: int) -> None:
                     row[f"at the end {name}"] = course[-1][judge]
                 rows.append(row)
             print(f"sampler {sampler}, stopping {stopping}, {runs} runs", flush=True)
-            for name in rows[0]:
-                found = [row[name] for row in rows]
-                never = found.count(float("inf"))
-                told = f", {never} never" if never else ""
-                extent = f"({min(found):.3f} to {max(found):.3f})"
-                print(f"  {name:38} {median(found):.3f}  {extent}{told}", flush=True)
+            show(rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import csv
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -159,13 +159,19 @@ def main(runs: int, eta: float | None) -> None:
     shown = eta or tables[0].experiment.search.eta
     print(f"seeds {repeats} of {max(counts.values())} placements; {runs} runs, eta {shown:g}")
     rows = [simulate(tables[run % len(tables)], run, eta) for run in range(runs)]
+    show(rows)
+
+
+def show(rows: Sequence[Mapping[str, float]]) -> None:
+    """Medians and ranges over the runs."""
     for name in rows[0]:
         found = [row[name] for row in rows]
         short = sum(value < SHARES[-1] for value in found)
         told = f", {short} below {SHARES[-1]}" if name.startswith("hypervolume") else ""
         never = found.count(float("inf"))
         told += f", {never} never" if never else ""
-        print(f"{name:30}  {median(found):.3f}  ({min(found):.3f} to {max(found):.3f}){told}")
+        extent = f"({min(found):.3f} to {max(found):.3f})"
+        print(f"{name:38}  {median(found):.3f}  {extent}{told}", flush=True)
 
 
 if __name__ == "__main__":

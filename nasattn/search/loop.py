@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import Stopped, TrialFailed, UserError, reason
+from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
@@ -21,10 +21,10 @@ from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.opening import open_study
-from nasattn.search.outage import MOST_BROKEN, broken_machine, full, full_disk, patiently
+from nasattn.search.outage import Machine, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import KILLED, Job, Slots, Turn, count_death, weights_file
+from nasattn.search.slots import Job, Slots, Turn, take_training, weights_file
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, Study, accuracy, finished
 from nasattn.space import SearchSpace
@@ -80,7 +80,7 @@ class Search:
         self._job: Job | None = None  # what is being evaluated
         self.stopping = ParetoHalving.of(experiment)
         self._published: list[Trial] = []
-        self._broken = 0  # trainings in a row that ended in an error that nobody foresaw
+        self._machine = Machine()
 
     def run(self, total: int) -> Study:
         """Go on until the study has `total` finished trials or the space is exhausted.
@@ -208,17 +208,12 @@ class Search:
         except Stopped:
             raise
         except Exception as error:
-            if full(error):
-                raise full_disk(error) from error
-            why, trace = reason(error), traceback.format_exc()
-            self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
-            if self._broken == MOST_BROKEN:
-                raise Stopped(broken_machine(why)) from error
+            why, trace = self._machine.blamed(error), traceback.format_exc()
             patiently(lambda: slots.fail(job, why, trace), self.display.note)
             if job.trial.baseline:
                 raise TrialFailed(f"the plain backbone could not be trained: {why}") from error
         else:
-            self._broken = 0
+            self._machine.works()
             if score is not None:
                 patiently(lambda: slots.finish(job, score), self.display.note)
         finally:
@@ -262,10 +257,11 @@ class Search:
         """With a warm start: the backbone's weights, which one worker trains while others wait."""
         waits = False
         while self.experiment.training.warm_start and not self.evaluator.stored:
-            held = patiently(self.leases.table, self.display.note)
-            if patiently(lambda: self.leases.acquire(BACKBONE), self.display.note):
-                if self.leases.left_by_dead(BACKBONE, held):
-                    self._died_at_backbone()
+            files, note = self.evaluator.training, self.display.note
+            killed = take_training(self.study, self.leases, BACKBONE, files, note)
+            if killed:
+                raise TrialFailed(f"the plain backbone could not be trained: {killed}")
+            if killed is not None:
                 self._start(None)
                 self.evaluator.prepare(self._tick)
                 patiently(lambda: self.leases.release(BACKBONE), self.display.note)
@@ -276,11 +272,6 @@ class Search:
                 waits = True
             time.sleep(WAIT * waits)
         self.evaluator.prepare(self._tick)
-
-    def _died_at_backbone(self) -> None:
-        files = self.evaluator.training
-        if patiently(lambda: count_death(self.study, BACKBONE, files), self.display.note):
-            raise TrialFailed(f"the plain backbone could not be trained: {KILLED}")
 
     def _start(self, trial: Trial | None) -> None:
         """Show what begins: a trial's training, or the backbone's."""

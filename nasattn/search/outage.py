@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
 
-from nasattn.errors import Stopped
+from nasattn.errors import Stopped, TrialFailed, reason
 
 T = TypeVar("T")
 
@@ -66,11 +66,29 @@ def full_disk(error: BaseException) -> Stopped:
     )
 
 
-def broken_machine(why: str) -> str:
-    return (
-        f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is left open; "
-        "the same command goes on"
-    )
+class Machine:
+    """Tells a training that has failed from a machine on which every one would."""
+
+    def __init__(self) -> None:
+        self._broken = 0  # trainings in a row that ended in an error that nobody foresaw
+
+    def works(self) -> None:
+        """A training has ended well."""
+        self._broken = 0
+
+    def blamed(self, error: Exception) -> str:
+        """Why a training has failed. Raises Stopped where that is not its own fault: the disk is
+        full, or one after the other broke."""
+        if full(error):
+            raise full_disk(error) from error
+        why = reason(error)
+        self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
+        if self._broken == MOST_BROKEN:
+            raise Stopped(
+                f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is left "
+                "open; the same command goes on"
+            ) from error
+        return why
 
 
 def gone(error: BaseException) -> bool:

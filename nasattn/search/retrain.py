@@ -8,14 +8,14 @@ from pathlib import Path
 from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data
-from nasattn.errors import Stopped, TrialFailed, reason
+from nasattn.errors import Stopped, TrialFailed
 from nasattn.evaluate.candidate import Evaluator, score_test
 from nasattn.record import Cost
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
 from nasattn.search.lease import BACKBONE, Leases
-from nasattn.search.outage import MOST_BROKEN, broken_machine, full, full_disk, patiently
-from nasattn.search.slots import KILLED, count_death
+from nasattn.search.outage import Machine, patiently
+from nasattn.search.slots import take_training
 from nasattn.search.study import Study
 from nasattn.seed import derive
 
@@ -32,7 +32,7 @@ class Retraining:
         self.study, self.data, self.display, self.leases = study, data, display, leases
         self.experiment: Experiment = study.config
         trials = study.trials
-        self._broken = 0  # evaluations in a row that ended in an error that nobody foresaw
+        self._machine = Machine()
         self.planned = contenders(trials, study.frontier(trials))
         seeds = self.experiment.final.seeds if self.experiment.final else 0
         self.evaluators = [evaluator_of(study, data, s, display.note) for s in range(seeds)]
@@ -123,30 +123,16 @@ class Retraining:
         except Stopped:
             raise
         except Exception as error:
-            if full(error):
-                raise full_disk(error) from error
-            why = reason(error)
-            self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
-            if self._broken == MOST_BROKEN:
-                raise Stopped(broken_machine(why)) from error
-            self._store(_blank(contender, seed, why))
+            self._store(_blank(contender, seed, self._machine.blamed(error)))
         else:
-            self._broken = 0
+            self._machine.works()
             done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
             self._store(replace(done, val=score.accuracy, test=test))
         self.study.files.drop(files)
         self._release(_lease(contender, seed))
 
     def _acquire(self, name: str, files: Path) -> str | None:
-        """None when another has the lease; else what too many workers have died of with it, or the
-        empty string. files: the training's checkpoints."""
-        held = patiently(self.leases.table, self.display.note)
-        if not patiently(lambda: self.leases.acquire(name), self.display.note):
-            return None
-        if not self.leases.left_by_dead(name, held):
-            return ""
-        last = patiently(lambda: count_death(self.study, name, files), self.display.note)
-        return KILLED if last else ""
+        return take_training(self.study, self.leases, name, files, self.display.note)
 
     def _checkpoints(self, contender: Contender, seed: int) -> Path:
         return self.evaluators[seed].folder / "checkpoints" / contender.architecture.key

@@ -19,6 +19,7 @@ from nasattn.errors import TrialFailed
 from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial
 from nasattn.search.lease import TRIAL, TURN, WORKER, Lease, Leases, trial_lease
+from nasattn.search.outage import patiently
 from nasattn.search.samplers import Exhausted, Gate, Snapshot
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, Study, claim, read_trial
@@ -159,11 +160,8 @@ class Slots:
         """Count a worker's death at a trial; True when it was the last: the trial has failed."""
         folder, weights = self.checkpoints(trial.number), weights_file(self.study, trial.number)
         at = self.study.files.marks(folder, weights)
-        count = _tally(row.user_attrs.get(DEATHS), at)
-        last = count >= MOST_DEATHS
-        if last:
-            count = 0  # of a baseline, which is tried again by the next command
-        self._storage.set_trial_user_attr(row._trial_id, DEATHS, {"count": count, "at": at})
+        deaths, last = _one_more(row.user_attrs.get(DEATHS), at)
+        self._storage.set_trial_user_attr(row._trial_id, DEATHS, deaths)
         if not last:
             return False
         if trial.baseline:
@@ -273,19 +271,33 @@ class Slots:
         return self.study.optuna._storage
 
 
-def count_death(study: Study, name: str, files: Path) -> bool:
-    """Note that a worker died at what `name` is the lease of, a training that leaves its
-    checkpoints in `files`; True when too many have died there. Then it is counted anew."""
-    key, at = f"{DEATHS}:{name}", study.files.marks(files)
-    count = _tally(study.optuna.user_attrs.get(key), at)
-    study.optuna.set_user_attr(key, {"count": count % MOST_DEATHS, "at": at})
-    return count >= MOST_DEATHS
+def take_training(
+    study: Study, leases: Leases, name: str, files: Path, note: Callable[[str], None]
+) -> str | None:
+    """Take the lease `name` of a training that is no trial's and leaves its checkpoints in `files`.
+    None when another has it; else why it is given up, if too many workers died with it, or the
+    empty string."""
+    held = patiently(leases.table, note)
+    if not patiently(lambda: leases.acquire(name), note):
+        return None
+    if not leases.left_by_dead(name, held):
+        return ""
+
+    def count() -> bool:
+        key = f"{DEATHS}:{name}"
+        deaths, last = _one_more(study.optuna.user_attrs.get(key), study.files.marks(files))
+        study.optuna.set_user_attr(key, deaths)
+        return last
+
+    return KILLED if patiently(count, note) else ""
 
 
-def _tally(before: Mapping[str, Any] | None, at: Any) -> int:
-    """How many have died at one point, by what was noted before. at: how far the training had come;
-    one that had come further begins a new count: then it was not what killed."""
-    return 1 + (before["count"] if before and before.get("at") == at else 0)
+def _one_more(before: Mapping[str, Any] | None, at: Any) -> tuple[dict[str, Any], bool]:
+    """The deaths at one point, to be noted, by those noted before; whether they are too many, after
+    which they are counted anew. at: how far the training had come; one that had come further begins
+    a new count: then it was not what killed."""
+    count = 1 + (before["count"] if before and before.get("at") == at else 0)
+    return {"count": count % MOST_DEATHS, "at": at}, count >= MOST_DEATHS
 
 
 def weights_file(study: Study, number: int) -> Path:

@@ -59,10 +59,11 @@ class Crew:
                 self._deaths = 1 + (self._deaths if done == self._finished else 0)
                 self._finished = done
                 self.last_words = f"worker {index} ({process.where}) was killed by signal {-code}"
-                told = self.last_words
                 if self._deaths < MOST_DEATHS:
-                    told += self._replace(index)
-                self.note(told)
+                    self.last_words += self._replace(index)
+                self.note(self.last_words)
+                if index in self.processes:
+                    self.last_words = ""
             elif code > 0:
                 self.last_words = self._tail(index)
                 self.note(f"worker {index} ({process.where}) stopped: {self.last_words}")
@@ -86,9 +87,7 @@ class Crew:
         try:
             self.processes[index] = self._start(index)
         except Stopped as error:
-            self.last_words += f"; none takes its place: {error}"
             return f"; none takes its place: {error}"
-        self.last_words = ""
         return "; another takes its place"
 
     def _any(self) -> bool:

@@ -233,6 +233,7 @@ def test_the_last_architecture_of_a_space_is_found(
     """Also in a space that the sampler itself cannot list, and where its draws find nothing new."""
     monkeypatch.setattr(frontier, "LISTED", 0)
     monkeypatch.setattr(frontier, "DRAWS", 1)
+    monkeypatch.setattr(frontier, "DRAWN", 1)
     monkeypatch.setattr(frontier, "POOL", 1)
     search = searching(write(search=search_options(sampler)))
     options = {name: CategoricalDistribution(v) for name, v in search.space.parameters.items()}

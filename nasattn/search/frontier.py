@@ -6,16 +6,18 @@ hypervolume at its exact cost; candidates are one-step changes of the frontier, 
 draws, and one-step changes of the best of both. Nothing enumerates the space.
 """
 
+import heapq
 import itertools
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
@@ -36,11 +38,15 @@ Params = Mapping[str, Any]
 Function = Callable[[dict[str, Any]], float]
 Known = tuple[tuple[float, ...], float]  # a row's costs, and how far it is from feasible
 Row = tuple[int, ...]  # the index of each parameter's option, in the order of the names
+Prices = dict[Row, tuple[float, ...]]  # what feasible rows cost
 
 SPREAD = 16  # draws of which an early trial takes the one that costs most unlike the others
 START = 8  # complete trials before the model is asked
-POOL = 300  # random draws a proposal, and as many changes of the frontier's members
-CLIMBS, CLIMBERS = 3, 4  # rounds of one-step changes of so many of the best candidates
+# Candidates of a proposal: random draws (few where each has yet to be priced: a vast space is not
+# covered by many either), so many of them and of the changes of the frontier's members looked at
+# closely, and so many rounds of changes of the best few that had no round yet.
+DRAWN, FEW, POOL = 3000, 300, 200
+CLIMBS, CLIMBERS, CLIMBED = 5, 4, 100
 DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
 LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
 LEARNED = 300  # rows the model learns from: so many of the frontier's and of all, the latest
@@ -63,7 +69,8 @@ class FrontierSampler(BaseSampler):
     parameters, feasible at or below zero. space: the parameters, where they are known before the
     first trial; else they are read from the study's trials, and the first trial, whose space nobody
     knows, is held to the constraints as far as they can be told from the parameters so far. draw:
-    feasible parameters from an rng (None: it found none), instead of uniform draws that are tested.
+    random feasible parameters, by an rng and at most so many, instead of uniform draws that are
+    tested.
 
     No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left, or
     nothing was found in a space too large to be listed. Before a first trial is complete the space
@@ -78,7 +85,7 @@ class FrontierSampler(BaseSampler):
         constraints: Function | Sequence[Function] | None = None,
         *,
         space: Mapping[str, CategoricalDistribution] | None = None,
-        draw: Callable[[random.Random], Params | None] | None = None,
+        draw: Callable[[random.Random, int], Iterable[Params]] | None = None,
     ) -> None:
         self.costs, self.seed, self.space, self.draw = (
             dict(sorted(costs.items())),
@@ -151,14 +158,17 @@ class FrontierSampler(BaseSampler):
                     return space.params(row)
                 # Other processes have proposed it at the same time. The later trial leaves them the
                 # next best as well, or they would go on to meet.
+                first = all(
+                    t.state is TrialState.RUNNING and t.number > trial.number for t in rivals
+                )
                 rows.seen.add(row)
                 try:
                     row = self._propose(space, rows, signs)
-                    if min(rivals) < trial.number:
+                    if not first:
                         rows.seen.add(row)
                         row = self._propose(space, rows, signs)
                 except Exhausted:
-                    if min(rivals) < trial.number:
+                    if not first:
                         raise
                     return space.params(row)  # the last one is the first trial's
 
@@ -218,26 +228,26 @@ class FrontierSampler(BaseSampler):
             return self._spread(space, seen)
         model = _Model(self, space, rows, signs)
         pool: dict[Row, float] = {}
+        climbed: set[Row] = set()
 
-        def add(candidates: Iterable[Row]) -> None:
-            new = [r for r in dict.fromkeys(candidates) if r not in pool and r not in seen]
-            new = [r for r in new if not space.violation(r)]
+        def add(prices: Prices) -> None:
+            new = {r: price for r, price in prices.items() if r not in pool and r not in seen}
             pool.update(zip(new, model.score(new), strict=True) if new else ())
 
-        add(itertools.chain(space.changes(model.members, POOL), space.drawn))
+        add(space.prices(space.changes(model.members, POOL)))
+        add(model.promising(seen))
         for _ in range(CLIMBS):
-            best = sorted(pool, key=lambda r: -pool[r])[:CLIMBERS]
-            before = len(pool)
-            add(space.changes(best, POOL))
-            if len(pool) == before or sorted(pool, key=lambda r: -pool[r])[:CLIMBERS] == best:
-                break
+            fresh = (r for r in pool if r not in climbed)
+            best = heapq.nlargest(CLIMBERS, fresh, key=pool.__getitem__)
+            climbed.update(best)
+            add(space.prices(space.changes(best, CLIMBED)))
         return max(pool, key=lambda r: pool[r]) if pool else space.fresh(seen)
 
     def _spread(self, space: "_Space", seen: set[Row]) -> Row:
         """Of some random rows that are new, the one whose costs are farthest from all that are
         seen, by ranks: the first trials then tell of cheap and of dear architectures."""
         drawn = [space.fresh(seen) for _ in range(SPREAD)]
-        costs = [space.costs(r) for r in (*drawn, *sorted(seen)) if not space.violation(r)]
+        costs = [price for r in (*drawn, *sorted(seen)) for price in space.prices([r]).values()]
         ranks = np.argsort(np.argsort(np.array(costs), axis=0), axis=0)
         apart = np.abs(ranks[:SPREAD, None] - ranks[None, SPREAD:]).sum(axis=2)
         return drawn[int(apart.min(axis=1).argmax())] if len(costs) > SPREAD else drawn[0]
@@ -255,9 +265,9 @@ class _Space:
     ) -> None:
         self.sampler, self.options, self.rng = sampler, options, rng
         self.memory = sampler._known.setdefault(tuple(options.items()), {})
-        # Values are found by (type, value), as True == 1 == 1.0; text, which equals text alone, by
-        # itself: a study of thousands of rows is looked up anew for each proposal.
-        self._text = all(type(v) is str for o in options.values() for v in o)
+        # Values are found by (type, value), as True == 1 == 1.0; by themselves where all are of one
+        # type: a study of thousands of rows is looked up anew for each proposal.
+        self._alike = len({type(v) for o in options.values() for v in o}) == 1
         self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
         found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
         self.fixed = {i: position for i, position in found.items() if position is not None}
@@ -265,14 +275,13 @@ class _Space:
         distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
         self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
         # one-hot options -> how often each value is taken
-        self._takes = np.zeros((len(values), len(distinct)))
+        self._takes = np.zeros((len(values), len(distinct)), dtype=np.float32)
         self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
-        self.moves = [
-            (i, j)
-            for i, o in enumerate(options.values())
-            if i not in self.fixed
-            for j in range(len(o))
-        ]
+        free = [i for i in range(len(options)) if i not in self.fixed]
+        self._at = list(self._index.values())
+        self._keys = [list(index) for index in self._at]
+        self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
+        self._pairs = list(itertools.combinations(free, 2))
 
     @property
     def size(self) -> int:
@@ -284,7 +293,7 @@ class _Space:
     def row(self, params: Params) -> Row | None:
         """None when a parameter is missing or has another value than the options."""
         try:
-            if self._text:
+            if self._alike:
                 return tuple([index[params[name]] for name, index in self._index.items()])
         except KeyError:
             return None
@@ -300,62 +309,77 @@ class _Space:
         return next((i for i, option in enumerate(options) if option == value), None)
 
     def _key(self, value: Any) -> Any:
-        return value if self._text else (type(value), value)
+        return value if self._alike else (type(value), value)
 
-    def encoded(self, rows: Sequence[Row]) -> tuple[Floats, Floats]:
+    def encoded(self, rows: Collection[Row]) -> tuple[Floats, Floats]:
         """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""
-        options = np.zeros((len(rows), len(self._takes)))
-        options[np.arange(len(rows))[:, None], np.array(rows) + self._offsets] = 1.0
+        taken = _array(rows, np.intp, len(self.options)) + self._offsets
+        options = np.zeros((len(taken), len(self._takes)), dtype=np.float32)
+        options[np.arange(len(taken))[:, None], taken] = 1.0
         return options, options @ self._takes
 
     def violation(self, row: Row) -> float:
         return self.sampler.known(self, row)[1]
 
-    def costs(self, row: Row) -> tuple[float, ...]:
-        return self.sampler.known(self, row)[0]
+    def prices(self, rows: Iterable[Row]) -> Prices:
+        """Of the feasible ones."""
+        known = self.sampler.known
+        return {r: costs for r in rows for costs, violation in [known(self, r)] if not violation}
 
     @cached_property
-    def drawn(self) -> list[Row]:
-        """Random feasible rows, few where these are rare."""
-        rows = (row for _ in range(POOL) if (row := self.sample()) is not None)
-        return [row for row in rows if not self.violation(row)]
+    def drawn(self) -> Prices:
+        """Of random feasible rows, few where these are rare."""
+        many = self.sampler.draw or self.size <= CACHED
+        return self.prices(self.sample(DRAWN if many else FEW))
 
     def changes(self, rows: Sequence[Row], most: int) -> Iterator[Row]:
-        """One-step changes of the rows: all, or `most` at random."""
-        count = len(rows) * len(self.moves)
+        """One-step changes of the rows, all or `most` at random: another option for a parameter,
+        or the options of two exchanged."""
+        steps = len(self._moves) + len(self._pairs)
+        count = len(rows) * steps
         for n in range(count) if count <= most else self.rng.sample(range(count), most):
-            row, (i, j) = rows[n // len(self.moves)], self.moves[n % len(self.moves)]
+            row, step = rows[n // steps], n % steps
             if self.fixed:
                 row = tuple(self.fixed.get(k, option) for k, option in enumerate(row))
-            if row[i] != j:
-                yield (*row[:i], j, *row[i + 1 :])
+            if step < len(self._moves):
+                i, j = self._moves[step]
+                changed = (*row[:i], j, *row[i + 1 :])
+            else:
+                changed = self._exchanged(row, *self._pairs[step - len(self._moves)])
+            if changed != row:
+                yield changed
 
-    def uniform(self) -> Row:
-        return tuple(
-            self.fixed.get(i, int(self.rng.random() * len(o)))
-            for i, o in enumerate(self.options.values())
-        )
+    def _exchanged(self, row: Row, i: int, j: int) -> Row:
+        """The same row where one of the two has not the other's option."""
+        of_i = self._at[i].get(self._keys[j][row[j]])
+        of_j = self._at[j].get(self._keys[i][row[i]])
+        if of_i is None or of_j is None:
+            return row
+        return (*row[:i], of_i, *row[i + 1 : j], of_j, *row[j + 1 :])
 
-    def sample(self) -> Row | None:
-        """One row, perhaps not feasible."""
+    def sample(self, most: int) -> Iterable[Row]:
+        """Random rows, perhaps alike or not feasible; fewer where `draw` gives fewer."""
         if self.sampler.draw and not self.fixed:
-            params = self.sampler.draw(self.rng)
-            return None if params is None else self.row(params)
-        return self.uniform()
+            drawn = map(self.row, self.sampler.draw(self.rng, most))
+            return (row for row in drawn if row is not None)
+        sizes = [len(o) for o in self.options.values()]
+        rng = np.random.default_rng(self.rng.getrandbits(64))
+        indices = rng.integers(sizes, size=(most, len(sizes)))
+        for i, option in self.fixed.items():
+            indices[:, i] = option
+        return map(tuple, indices.tolist())
 
     def feasible(self) -> Row | None:
         """A random feasible row: drawn, else the least infeasible of the draws repaired."""
         least: tuple[float, Row] | None = None
-        for _ in range(DRAWS):
-            if (row := self.sample()) is None:
-                continue
+        for row in self.sample(DRAWS):
             off = self.violation(row)
             if not off:
                 return row
             if least is None or off < least[0]:
                 least = off, row
         while least is not None:
-            near = self.changes([least[1]], len(self.moves))
+            near = self.changes([least[1]], len(self._moves) + len(self._pairs))
             better = min(((self.violation(r), r) for r in near), default=least)
             if not better[0]:
                 return better[1]
@@ -420,11 +444,10 @@ class _Rows:
         return found
 
 
-def _rivals(study: Study, trial: FrozenTrial, row: Row) -> list[int]:
-    """The numbers of the other running trials that are to have the row."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    same = (t.number for t in running if t.system_attrs.get(PROPOSAL) == list(row))
-    return [number for number in same if number != trial.number]
+def _rivals(study: Study, trial: FrozenTrial, row: Row) -> list[FrozenTrial]:
+    """The other trials that are to have the row; or have had it, since the rows were read."""
+    same = (t for t in study.get_trials(deepcopy=False) if t.system_attrs.get(PROPOSAL) == [*row])
+    return [t for t in same if t.number != trial.number]
 
 
 class _Model:
@@ -448,7 +471,7 @@ class _Model:
         inputs = self._inputs([codes[i] for i in kept], points[kept][:, self.known])
         self.processes = [Process(inputs, points[kept, i]) for i in self.unknown]
         front = points[best]
-        if pending := [r for r in rows.running if not space.violation(r)]:
+        if pending := space.prices(rows.running):
             costs = self._costs(pending)
             inputs = self._inputs(pending, costs)
             believed = np.empty((len(pending), len(signs)))
@@ -457,30 +480,52 @@ class _Model:
                 believed[:, i] = process.believe(inputs)
             front = np.vstack([front, believed])
             front = front[non_dominated(front)]
-        order = [*self.known, *self.unknown]
-        costs = np.vstack([points[:, self.known], self._costs(space.drawn)])
-        reference = np.array(
+        self.front = front[:, [*self.known, *self.unknown]]
+        self._drawn = self._costs(space.drawn)
+        costs = np.vstack([points[:, self.known], self._drawn])
+        self.reference = np.array(
             [_reference(column, NEAR) for column in costs.T]
             + [_reference(points[:, i], FAR) for i in self.unknown]
         )
-        self.undominated = Undominated(front[:, order], reference)
+        self.undominated = Undominated(self.front, self.reference)
 
-    def _costs(self, rows: Sequence[Row]) -> Floats:
-        costs = np.array([self.space.costs(r) for r in rows]).reshape(len(rows), len(self.known))
+    def _costs(self, prices: Prices) -> Floats:
+        costs = _array(prices.values(), np.float64, len(self.known))
         return np.asarray(costs * self.signs[self.known])
 
-    def _inputs(self, rows: Sequence[Row], costs: Floats) -> Inputs:
+    def _inputs(self, rows: Collection[Row], costs: Floats) -> Inputs:
         options, counts = self.space.encoded(rows)
-        scaled = (costs - self._low) / self._range
+        scaled = ((costs - self._low) / self._range).astype(np.float32)
         return Inputs(options, counts, scaled, len(self.space.options))
 
-    def score(self, rows: Sequence[Row]) -> list[float]:
-        costs = self._costs(rows)
-        inputs = self._inputs(rows, costs)
+    def score(self, prices: Prices) -> list[float]:
+        costs = self._costs(prices)
+        inputs = self._inputs(prices, costs)
         shortfalls: list[Shortfall] = [exactly(column) for column in costs.T]
         shortfalls += [process.predict(inputs) for process in self.processes]
         scores: list[float] = self.undominated.growth(shortfalls).tolist()
         return scores
+
+    def promising(self, seen: set[Row]) -> Prices:
+        """Of the random rows those that may be the best: the POOL of them that are likeliest to be
+        better than all on the frontier that cost no more, by a linear stand-in of the processes."""
+        drawn, costs = self.space.drawn, self._drawn
+        if len(drawn) <= 2 * POOL:
+            return drawn
+        inputs = self._inputs(drawn, costs)
+        open_to = np.all(self.front[:, : costs.shape[1]] <= costs[:, None], axis=2)
+        odds = np.full(len(drawn), -np.inf)
+        for i, process in enumerate(self.processes, start=costs.shape[1]):
+            best = np.where(open_to, self.front[:, i], self.reference[i]).min(axis=1)
+            odds = np.maximum(odds, process.odds(inputs, best))
+        rows = list(drawn)
+        order = (rows[i] for i in np.argsort(-odds, kind="stable").tolist())
+        return {r: drawn[r] for r in itertools.islice((r for r in order if r not in seen), POOL)}
+
+
+def _array(rows: Collection[tuple[float, ...]], dtype: Any, width: int) -> NDArray[Any]:
+    """Of tuples (n, width): quicker than numpy's own way."""
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype).reshape(len(rows), width)
 
 
 def _reference(values: Floats, beyond: float) -> float:

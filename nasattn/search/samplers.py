@@ -8,7 +8,7 @@ for nothing: the gate draws uniformly from what fits.
 
 import copy
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nasattn.config import Search
 from nasattn.cost.table import Values, excess
 from nasattn.pricing import Candidates, Key
-from nasattn.search.frontier import Exhausted, FrontierSampler
+from nasattn.search.frontier import FEW, Exhausted, FrontierSampler
 from nasattn.seed import derive
 
 STARTUP = 10  # slots that are drawn uniformly before TPE has something to learn from
@@ -68,11 +68,11 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
         feasible = canonical and space.sparse(row) and not excess(price(row), candidates.limits)
         return 0.0 if feasible else 1.0
 
-    def draw(rng: random.Random) -> dict[str, str]:
-        if candidates.listed is not None:
-            return rng.choice(candidates.listed)
-        budgets = candidates.budgets
-        return budgets[0].sample(rng) if budgets else space.chain.sample(rng)
+    def draw(rng: random.Random, most: int) -> Iterable[dict[str, str]]:
+        if (listed := candidates.listed) is not None:
+            return rng.sample(listed, min(most, len(listed)))
+        source = candidates.budgets[0] if candidates.budgets else space.chain
+        return (source.sample(rng) for _ in range(min(most, FEW)))
 
     options = {name: CategoricalDistribution(v) for name, v in space.parameters.items()}
     return FrontierSampler(costs, seed, excluded, space=options, draw=draw)

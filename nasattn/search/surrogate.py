@@ -5,14 +5,17 @@ hypervolume, both exact. All objectives are minimised. numpy and scipy only.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.special import ndtr
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
+FITTED = 200  # rows the linear stand-in is fitted to
 TUNED = 100  # rows the hyperparameters are chosen on
+BOXED = 2_000_000  # boxes times candidates looked at together
 Shortfall = Callable[[Floats], Floats]  # thresholds (k,) -> expected max(0, t - value), (k, n)
 
 
@@ -31,14 +34,13 @@ class Undominated:
     """The volume below the reference (m,) that a front (k, m) does not dominate, cut into boxes."""
 
     def __init__(self, front: Floats, reference: Floats) -> None:
-        front = front[np.all(front < reference, axis=1)]
-        front = front[np.argsort(front[:, -1], kind="stable")]
-        self.edges = np.append(front[:, -1], reference[-1])
-        self.heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
-        self.axes, self.slabs = len(reference), dict[int, Undominated]()
-        if self.axes > 2:  # k: the slab that ends at edge k, open to the members below it
-            for k in np.flatnonzero(np.diff(self.edges, prepend=-np.inf)).tolist():
-                self.slabs[k] = Undominated(_thinned(front[:k, :-1]), reference[:-1])
+        lower, upper = _boxes(front[np.all(front < reference, axis=1)], reference)
+        self.edges = [np.unique(column) for column in upper.T]
+        # By axis, each box's sides among its edges; before them all is the one at minus infinity.
+        self.sides = [
+            (np.searchsorted(edges, low, side="right"), np.searchsorted(edges, high) + 1)
+            for edges, low, high in zip(self.edges, lower.T, upper.T, strict=True)
+        ]
 
     def growth(self, shortfalls: Sequence[Shortfall]) -> Floats:
         """How much of it each of n candidates is expected to take, exactly: (n,).
@@ -47,23 +49,46 @@ class Undominated:
         below a threshold; axes are independent. A box's share is the product over the axes of the
         differences of shortfalls.
         """
-        if self.axes == 1:
-            return np.asarray(shortfalls[0](self.edges[:1])[0])
-        parts = np.diff(shortfalls[-1](self.edges), axis=0, prepend=0.0)
-        if self.axes == 2:
-            return np.asarray((parts * shortfalls[0](self.heights)).sum(axis=0))
-        return sum(
-            (
-                parts[k] * slab.growth(shortfalls[:-1])
-                for k, slab in self.slabs.items()
-                if parts[k].any()
-            ),
-            start=np.zeros(parts.shape[1]),
-        )
+        below = [shortfall(edges) for shortfall, edges in zip(shortfalls, self.edges, strict=True)]
+        below = [np.vstack([np.zeros(values.shape[1]), values]) for values in below]
+        found = np.zeros(below[0].shape[1])
+        step = max(1, BOXED // max(1, len(found)))
+        for k in range(0, len(self.sides[0][0]), step):
+            shares = np.ones((1, 1))
+            for values, (low, high) in zip(below, self.sides, strict=True):
+                side = values[high[k : k + step]]
+                if low.any():
+                    side -= values[low[k : k + step]]
+                shares = shares * side
+            found += shares.sum(axis=0)
+        return found
 
 
-def _thinned(points: Floats) -> Floats:
-    return points[non_dominated(points)] if len(points) else points
+def _boxes(front: Floats, reference: Floats) -> tuple[Floats, Floats]:
+    """The lower and the upper corners (b, m)."""
+    front = front[np.argsort(front[:, -1], kind="stable")]
+    if len(reference) <= 2:
+        heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
+        if len(reference) == 1:
+            return np.full((1, 1), -np.inf), heights[-1:, None]
+        kept = heights[1:] < heights[:-1]  # the others are dominated
+        heights = np.append(reference[0], heights[1:][kept])
+        edges = np.append(front[kept, 1], reference[1])
+        lower = np.full((len(edges), 2), -np.inf)
+        lower[1:, 1] = edges[:-1]
+        return lower, np.column_stack([heights, edges])
+    slabs, last = [], -np.inf
+    for k, edge in enumerate([*front[:, -1].tolist(), reference[-1]]):
+        if edge > last:  # open to the members below it
+            open_to = front[:k, :-1]
+            if len(reference) > 3 and k:
+                open_to = open_to[non_dominated(open_to)]
+            corners = _boxes(open_to, reference[:-1])
+            sides = zip(corners, (last, edge), strict=True)
+            slabs.append([np.column_stack([c, np.full(len(c), side)]) for c, side in sides])
+            last = edge
+    lowers, uppers = zip(*slabs, strict=True)
+    return np.vstack(lowers), np.vstack(uppers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +153,23 @@ class Process:
         mean, std = self._moments(inputs)
         return log_normal(mean, std, self.floor)
 
+    def odds(self, inputs: Inputs, thresholds: Floats) -> Floats:
+        """How many predicted deviations the values of many rows lie below a threshold each (n,), by
+        a linear function of their options, fitted to the predictions for a part of them."""
+        some = inputs.last(FITTED)
+        mean, std = self._moments(some)
+        middle, x = mean.mean(), some.options
+        weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ (mean - middle))
+        room = np.log(np.maximum(thresholds - self.floor, 1e-300))
+        return np.asarray((room - middle - inputs.options @ weights) / np.median(std))
+
     def _moments(self, inputs: Inputs) -> tuple[Floats, Floats]:
-        across = _mixed(_near(inputs, self.inputs), self.a)
-        mean = self.mean + across @ self.weights
-        explained = ((across @ self.half) ** 2).sum(axis=1)
+        across = _mixed(_near(inputs, self.inputs), self.a) @ self.half
         own = _trend((inputs.counts**2).sum(axis=1), inputs.parameters)
-        prior = _mixed((2.0 + own, np.ones(len(own))), self.a)
+        prior = _mixed((2.0 + own, np.ones_like(own)), self.a)
+        explained = np.einsum("ij,ij->i", across, across)
         variance = np.maximum(prior - explained, 1e-6) * max(self.scale, 1e-8)
-        return mean, np.sqrt(variance)
+        return self.mean + across @ self.weights, np.sqrt(variance)
 
     def _tune(self) -> None:
         few = self.inputs.last(TUNED)
@@ -144,7 +178,7 @@ class Process:
         noise = np.array(self.NOISE)[:, None]
         best = math.inf
         for a in self.A:
-            values, vectors = np.linalg.eigh(_mixed(near, a))
+            values, vectors = np.linalg.eigh(_mixed(near, a).astype(np.float64))
             values = np.maximum(values, 0.0) + noise
             scale = ((vectors.T @ target) ** 2 / values).mean(axis=1)
             loss = len(target) * np.log(scale + 1e-12) + np.log(values).sum(axis=1)
@@ -153,36 +187,28 @@ class Process:
                 self.a, self.noise, self.scale = a, self.NOISE[i], float(scale[i])
 
     def _condition(self) -> None:
-        kernel = _mixed(_near(self.inputs, self.inputs), self.a)
+        kernel = _mixed(_near(self.inputs, self.inputs), self.a).astype(np.float64)
         lower = np.linalg.cholesky(kernel + self.noise * np.eye(len(kernel)))
-        self.half = solve_triangular(lower, np.eye(len(lower)), lower=True).T
-        self.weights = self.half @ (self.half.T @ (self.targets - self.mean))
-
-
-def _looked_up(function: Callable[[Floats], Floats], wholes: Floats) -> Floats:
-    """The function of whole numbers, by a table where they are few: exponentials take longer."""
-    most = int(wholes.max(initial=0)) + 1
-    if most > wholes.size:
-        return function(wholes)
-    return np.asarray(function(np.arange(float(most)))[wholes.astype(np.intp)])
+        half = solve_triangular(lower, np.eye(len(lower)), lower=True)
+        self.weights = half @ (self.targets - self.mean)
+        self.half = half.T.astype(np.float32)
 
 
 def _trend(products: Floats, parameters: int) -> Floats:
     """By the scalar products of the counts."""
-    shares = products / parameters**2
+    shares = products / np.float32(parameters**2)
     return np.asarray(Process.TREND * (shares + shares**2))
 
 
 def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
     """What the kernel makes of the parameters and of the costs: (n, k) each."""
-    n, p = these.parameters, Process.P
-    agree = these.options @ those.options.T
-    apart = _squared(these.counts, those.counts)
-    by_agree = _looked_up(lambda k: np.exp(-p * (1.0 - k / n)), agree)
-    by_apart = _looked_up(lambda k: np.exp(-p * (np.sqrt(k / 2) / n)), apart)
-    trend = _trend(these.counts @ those.counts.T, n)
-    costs = np.exp(-0.5 * _squared(these.costs, those.costs) / Process.WIDTH**2)
-    return by_agree + by_apart + trend, costs
+    p, n = Process.P, these.parameters
+    apart = np.sqrt(_squared(these.counts, those.counts))
+    near = np.exp(these.options @ (those.options.T * np.float32(p / n)) - p)
+    near += np.exp(apart * np.float32(-p / n / math.sqrt(2)))
+    near += _trend(these.counts @ those.counts.T, n)
+    costs = _squared(these.costs, those.costs)
+    return near, np.exp(costs * np.float32(-0.5 / Process.WIDTH**2))
 
 
 def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:

@@ -21,6 +21,7 @@ from nasattn.pareto import hypervolume
 from nasattn.pareto import non_dominated as slow_non_dominated
 from nasattn.search import frontier
 from nasattn.search.frontier import LEARNED, START
+from nasattn.search.frontier_space import PROPOSAL, Space, Trials
 from nasattn.search.samplers import Exhausted, FrontierSampler
 from nasattn.search.surrogate import (
     Inputs,
@@ -381,9 +382,9 @@ def test_what_is_running_is_taken_for_what_it_is_expected_to_be() -> None:
     sampler = FrontierSampler({1: cost})
     study = study_of(sampler)
     study.optimize(objective, n_trials=30)
-    space = frontier._Space(sampler, dict.fromkeys(SPACE, OPTIONS), random.Random(0), {})
+    space = sampler._space(dict.fromkeys(SPACE, OPTIONS), random.Random(0), {})
     complete = [(space.row(t.params), tuple(t.values)) for t in study.trials]
-    rows = lambda running: frontier._Rows(complete, running, set())  # type: ignore[arg-type]  # noqa: E731
+    rows = lambda running: Trials(complete, running, set())  # type: ignore[arg-type]  # noqa: E731
     alone = frontier._Model(sampler, space, rows([]), [1, 1])
     candidates = [r for r in space.changes(alone.members, 100) if r not in dict(complete)]  # type: ignore[arg-type]
     worth = alone.score(space.prices(candidates))
@@ -392,8 +393,8 @@ def test_what_is_running_is_taken_for_what_it_is_expected_to_be() -> None:
     assert beside.score(space.prices([best]))[0] < 0.5 * max(worth)
 
 
-def space_of(options: dict[str, tuple[Any, ...]], fixed: Params | None = None) -> frontier._Space:
-    return frontier._Space(FrontierSampler({}), options, random.Random(0), fixed or {})
+def space_of(options: dict[str, tuple[Any, ...]], fixed: Params | None = None) -> Space:
+    return FrontierSampler({})._space(options, random.Random(0), fixed or {})
 
 
 @pytest.mark.parametrize("fixed", [{}, {"b": "x"}])
@@ -431,8 +432,8 @@ def test_the_best_of_many_draws_is_among_the_promising(
         sampler = FrontierSampler(costs, seed)
         study = study_of(sampler, 1 + len(costs))
         study.optimize(lambda t: (objective(t)[0], *(f(t.params) for f in costs.values())), 25)
-        space = frontier._Space(sampler, dict.fromkeys(SPACE, OPTIONS), random.Random(seed), {})
-        rows = frontier._Rows.of(study, study.ask(SPACE), space)
+        space = sampler._space(dict.fromkeys(SPACE, OPTIONS), random.Random(seed), {})
+        rows = Trials.of(study, study.ask(SPACE), space)
         model = frontier._Model(sampler, space, rows, [1] * (1 + len(costs)))
         left = {r: price for r, price in space.drawn.items() if r not in rows.seen}
         few = model.promising(rows.seen)
@@ -518,7 +519,7 @@ def test_what_another_process_proposed_and_finished_meanwhile_is_left_alone() ->
         if not other:
             other.append(space.params(row))
             values = (0.5, cost(other[0]))
-            attributes = {frontier.PROPOSAL: list(row)}
+            attributes = {PROPOSAL: list(row)}
             study.add_trial(
                 create_trial(
                     params=other[0], distributions=SPACE, values=values, system_attrs=attributes

@@ -37,7 +37,7 @@ from nasattn.model import build
 from nasattn.pareto import non_dominated
 from nasattn.pricing import Candidates
 from nasattn.record import Score
-from nasattn.search import frontier
+from nasattn.search import frontier_space
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display
 from nasattn.search.loop import Search, weights_of_trial
@@ -231,10 +231,8 @@ def test_the_last_architecture_of_a_space_is_found(
     write: Write, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:
     """Also in a space that the sampler itself cannot list, and where its draws find nothing new."""
-    monkeypatch.setattr(frontier, "LISTED", 0)
-    monkeypatch.setattr(frontier, "DRAWS", 1)
-    monkeypatch.setattr(frontier, "DRAWN", 1)
-    monkeypatch.setattr(frontier, "POOL", 1)
+    for limit, value in {"LISTED": 0, "DRAWS": 1, "DRAWN": 1, "WALKED": 1}.items():
+        monkeypatch.setattr(frontier_space, limit, value)
     search = searching(write(search=search_options(sampler)))
     options = {name: CategoricalDistribution(v) for name, v in search.space.parameters.items()}
     listed = search.candidates.listed or []

@@ -2,8 +2,9 @@
 
 Any Optuna study of flat categorical parameters. A Gaussian process over the parameters and their
 known costs predicts the unknown objectives; a candidate is scored by the expected growth of the
-hypervolume at its exact cost; candidates are one-step changes of the frontier, feasible random
-draws, and one-step changes of the best of both. Nothing enumerates the space.
+hypervolume at its exact cost; candidates are feasible random draws, changes of the frontier's rows
+by a parameter or by two exchanged, and such changes of the best of both. Nothing enumerates the
+space.
 """
 
 import heapq
@@ -11,18 +12,29 @@ import itertools
 import math
 import random
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from nasattn.search.frontier_space import (
+    PROPOSAL,
+    Draw,
+    Exhausted,
+    Function,
+    Known,
+    Params,
+    Prices,
+    Row,
+    Space,
+    Trials,
+    array,
+    rivals_of,
+)
 from nasattn.search.surrogate import (
     Floats,
     Inputs,
@@ -34,31 +46,14 @@ from nasattn.search.surrogate import (
 )
 from nasattn.seed import derive
 
-Params = Mapping[str, Any]
-Function = Callable[[dict[str, Any]], float]
-Known = tuple[tuple[float, ...], float]  # a row's costs, and how far it is from feasible
-Row = tuple[int, ...]  # the index of each parameter's option, in the order of the names
-Prices = dict[Row, tuple[float, ...]]  # what feasible rows cost
-
 SPREAD = 16  # draws of which an early trial takes the one that costs most unlike the others
 START = 8  # complete trials before the model is asked
-# Candidates of a proposal: random draws (few where each has yet to be priced: a vast space is not
-# covered by many either), so many of them and of the changes of the frontier's members looked at
-# closely, and so many rounds of changes of the best few that had no round yet.
-DRAWN, FEW, POOL = 3000, 300, 200
-CLIMBS, CLIMBERS, CLIMBED = 5, 4, 100
-DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
-LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
+POOL = 200  # of the changes of the frontier's members, and of the random draws, looked at closely
+CLIMBS, CLIMBERS, CLIMBED = 5, 4, 100  # rounds of changes of the best few that had none yet
 LEARNED = 300  # rows the model learns from: so many of the frontier's and of all, the latest
-CACHED = 50_000  # costs and constraints remembered
 # The reference point of the hypervolume, in ranges beyond the worst known cost and the worst value
 # seen: an error worse than all so far must count for the cheapest rows to be worth a trial.
 NEAR, FAR = 0.05, 1.0
-PROPOSAL = "nasattn:proposal"  # what a running trial whose parameters are not yet stored will be
-
-
-class Exhausted(Exception):
-    """Every feasible row of the space is already a trial, or no further one was found."""
 
 
 class FrontierSampler(BaseSampler):
@@ -85,7 +80,7 @@ class FrontierSampler(BaseSampler):
         constraints: Function | Sequence[Function] | None = None,
         *,
         space: Mapping[str, CategoricalDistribution] | None = None,
-        draw: Callable[[random.Random, int], Iterable[Params]] | None = None,
+        draw: Draw | None = None,
     ) -> None:
         self.costs, self.seed, self.space, self.draw = (
             dict(sorted(costs.items())),
@@ -146,15 +141,14 @@ class FrontierSampler(BaseSampler):
             if isinstance(distribution, CategoricalDistribution)
         }
         rng = random.Random(derive(self.seed, trial.number))
-        fixed = trial.system_attrs.get("fixed_params", {})
-        space = _Space(self, options, rng, fixed)
+        space = self._space(options, rng, trial.system_attrs.get("fixed_params", {}))
         signs = [_sign(d) for d in study.directions]
         with self._lock:
-            rows = _Rows.of(study, trial, space)
+            rows = Trials.of(study, trial, space)
             row = self._propose(space, rows, signs)
             while True:
                 study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
-                if not (rivals := _rivals(study, trial, row)):
+                if not (rivals := rivals_of(study, trial, row)):
                     return space.params(row)
                 # Other processes have proposed it at the same time. The later trial leaves them the
                 # next best as well, or they would go on to meet.
@@ -195,6 +189,12 @@ class FrontierSampler(BaseSampler):
             known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             return choices[0] if known else param_distribution.choices[0]
 
+    def _space(
+        self, options: Mapping[str, tuple[Any, ...]], rng: random.Random, fixed: Params
+    ) -> Space:
+        memory = self._known.setdefault(tuple(options.items()), {})
+        return Space(options, self._price, memory, rng, fixed, self.draw)
+
     def _check(self, study: Study) -> None:
         count = len(study.directions)
         if any(not 0 <= index < count for index in self.costs) or len(self.costs) >= count:
@@ -208,21 +208,13 @@ class FrontierSampler(BaseSampler):
         values = [float(constraint(params)) for constraint in self.constraints]
         return sum(math.inf if math.isnan(value) else max(0.0, value) for value in values)
 
-    def known(self, space: "_Space", row: Row) -> Known:
-        """Computed once a row; only feasible rows have costs."""
-        memory = space.memory
-        if (found := memory.get(row)) is None:
-            if len(memory) >= CACHED:
-                memory.clear()
-            params = space.params(row)
-            violation = self._violation(params)
-            costs = () if violation else tuple(float(f(params)) for f in self.costs.values())
-            if not all(map(math.isfinite, costs)):
-                costs, violation = (), math.inf  # what it costs is not known
-            found = memory[row] = costs, violation
-        return found
+    def _price(self, params: dict[str, Any]) -> Known:
+        """Only feasible parameters have costs."""
+        violation = self._violation(params)
+        costs = () if violation else tuple(float(f(params)) for f in self.costs.values())
+        return (costs, violation) if all(map(math.isfinite, costs)) else ((), math.inf)
 
-    def _propose(self, space: "_Space", rows: "_Rows", signs: Sequence[int]) -> Row:
+    def _propose(self, space: Space, rows: Trials, signs: Sequence[int]) -> Row:
         seen = rows.seen
         if len(rows.complete) < START:
             return self._spread(space, seen)
@@ -243,7 +235,7 @@ class FrontierSampler(BaseSampler):
             add(space.prices(space.changes(best, CLIMBED)))
         return max(pool, key=lambda r: pool[r]) if pool else space.fresh(seen)
 
-    def _spread(self, space: "_Space", seen: set[Row]) -> Row:
+    def _spread(self, space: Space, seen: set[Row]) -> Row:
         """Of some random rows that are new, the one whose costs are farthest from all that are
         seen, by ranks: the first trials then tell of cheap and of dear architectures."""
         drawn = [space.fresh(seen) for _ in range(SPREAD)]
@@ -253,208 +245,11 @@ class FrontierSampler(BaseSampler):
         return drawn[int(apart.min(axis=1).argmax())] if len(costs) > SPREAD else drawn[0]
 
 
-class _Space:
-    """The rows, and ways to come by feasible ones."""
-
-    def __init__(
-        self,
-        sampler: FrontierSampler,
-        options: Mapping[str, tuple[Any, ...]],
-        rng: random.Random,
-        fixed: Params,
-    ) -> None:
-        self.sampler, self.options, self.rng = sampler, options, rng
-        self.memory = sampler._known.setdefault(tuple(options.items()), {})
-        # Values are found by (type, value), as True == 1 == 1.0; by themselves where all are of one
-        # type: a study of thousands of rows is looked up anew for each proposal.
-        self._alike = len({type(v) for o in options.values() for v in o}) == 1
-        self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
-        found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
-        self.fixed = {i: position for i, position in found.items() if position is not None}
-        values = [key for index in self._index.values() for key in index]
-        distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
-        self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
-        # one-hot options -> how often each value is taken
-        self._takes = np.zeros((len(values), len(distinct)), dtype=np.float32)
-        self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
-        free = [i for i in range(len(options)) if i not in self.fixed]
-        self._at = list(self._index.values())
-        self._keys = [list(index) for index in self._at]
-        self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
-        self._pairs = list(itertools.combinations(free, 2))
-
-    @property
-    def size(self) -> int:
-        return math.prod(len(o) for i, o in enumerate(self.options.values()) if i not in self.fixed)
-
-    def params(self, row: Row) -> dict[str, Any]:
-        return {name: o[i] for (name, o), i in zip(self.options.items(), row, strict=True)}
-
-    def row(self, params: Params) -> Row | None:
-        """None when a parameter is missing or has another value than the options."""
-        try:
-            if self._alike:
-                return tuple([index[params[name]] for name, index in self._index.items()])
-        except KeyError:
-            return None
-        found = [self._position(name, params[name]) for name in self._index if name in params]
-        row = tuple(position for position in found if position is not None)
-        return row if len(row) == len(self._index) else None
-
-    def _position(self, name: str, value: Any) -> int | None:
-        """Of a value among the parameter's options; 2.0 is 2 where there is no 2.0."""
-        index, options = self._index[name], self.options[name]
-        if (key := self._key(value)) in index:
-            return index[key]
-        return next((i for i, option in enumerate(options) if option == value), None)
-
-    def _key(self, value: Any) -> Any:
-        return value if self._alike else (type(value), value)
-
-    def encoded(self, rows: Collection[Row]) -> tuple[Floats, Floats]:
-        """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""
-        taken = _array(rows, np.intp, len(self.options)) + self._offsets
-        options = np.zeros((len(taken), len(self._takes)), dtype=np.float32)
-        options[np.arange(len(taken))[:, None], taken] = 1.0
-        return options, options @ self._takes
-
-    def violation(self, row: Row) -> float:
-        return self.sampler.known(self, row)[1]
-
-    def prices(self, rows: Iterable[Row]) -> Prices:
-        """Of the feasible ones."""
-        known = self.sampler.known
-        return {r: costs for r in rows for costs, violation in [known(self, r)] if not violation}
-
-    @cached_property
-    def drawn(self) -> Prices:
-        """Of random feasible rows, few where these are rare."""
-        many = self.sampler.draw or self.size <= CACHED
-        return self.prices(self.sample(DRAWN if many else FEW))
-
-    def changes(self, rows: Sequence[Row], most: int) -> Iterator[Row]:
-        """One-step changes of the rows, all or `most` at random: another option for a parameter,
-        or the options of two exchanged."""
-        steps = len(self._moves) + len(self._pairs)
-        count = len(rows) * steps
-        for n in range(count) if count <= most else self.rng.sample(range(count), most):
-            row, step = rows[n // steps], n % steps
-            if self.fixed:
-                row = tuple(self.fixed.get(k, option) for k, option in enumerate(row))
-            if step < len(self._moves):
-                i, j = self._moves[step]
-                changed = (*row[:i], j, *row[i + 1 :])
-            else:
-                changed = self._exchanged(row, *self._pairs[step - len(self._moves)])
-            if changed != row:
-                yield changed
-
-    def _exchanged(self, row: Row, i: int, j: int) -> Row:
-        """The same row where one of the two has not the other's option."""
-        of_i = self._at[i].get(self._keys[j][row[j]])
-        of_j = self._at[j].get(self._keys[i][row[i]])
-        if of_i is None or of_j is None:
-            return row
-        return (*row[:i], of_i, *row[i + 1 : j], of_j, *row[j + 1 :])
-
-    def sample(self, most: int) -> Iterable[Row]:
-        """Random rows, perhaps alike or not feasible; fewer where `draw` gives fewer."""
-        if self.sampler.draw and not self.fixed:
-            drawn = map(self.row, self.sampler.draw(self.rng, most))
-            return (row for row in drawn if row is not None)
-        sizes = [len(o) for o in self.options.values()]
-        rng = np.random.default_rng(self.rng.getrandbits(64))
-        indices = rng.integers(sizes, size=(most, len(sizes)))
-        for i, option in self.fixed.items():
-            indices[:, i] = option
-        return map(tuple, indices.tolist())
-
-    def feasible(self) -> Row | None:
-        """A random feasible row: drawn, else the least infeasible of the draws repaired."""
-        least: tuple[float, Row] | None = None
-        for row in self.sample(DRAWS):
-            off = self.violation(row)
-            if not off:
-                return row
-            if least is None or off < least[0]:
-                least = off, row
-        while least is not None:
-            near = self.changes([least[1]], len(self._moves) + len(self._pairs))
-            better = min(((self.violation(r), r) for r in near), default=least)
-            if not better[0]:
-                return better[1]
-            least = better if better[0] < least[0] else None
-        return None
-
-    def fresh(self, seen: set[Row]) -> Row:
-        """A random feasible row that is not seen; where draws find none, by walks from seen ones,
-        and in a small space by looking at all that is left."""
-        for _ in range(DRAWS):
-            if (row := self.feasible()) is not None and row not in seen:
-                return row
-        for row in self.changes(sorted(seen), 10 * POOL):
-            if row not in seen and not self.violation(row):
-                return row
-        if self.size <= LISTED:
-            axes = [
-                [self.fixed[i]] if i in self.fixed else list(range(len(o)))
-                for i, o in enumerate(self.options.values())
-            ]
-            left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
-            if left:
-                return self.rng.choice(left)
-        if self.size <= LISTED:
-            raise Exhausted(
-                f"no feasible parameters are left that are not among the study's trials: "
-                f"{len(seen)} rows of a space of {self.size:,}"
-            )
-        raise Exhausted(
-            f"no feasible parameters were found beside the study's {len(seen)} trials, by draws "
-            f"and one-step changes of them, in a space of {self.size:,}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The study's trials. complete: (row, objective values); running: rows under evaluation;
-    seen: all rows that must not come again."""
-
-    complete: list[tuple[Row, tuple[float, ...]]]
-    running: list[Row]
-    seen: set[Row]
-
-    @classmethod
-    def of(cls, study: Study, trial: FrozenTrial, space: _Space) -> "_Rows":
-        found = cls([], [], set())
-        for other in study.get_trials(deepcopy=False):
-            if other.number == trial.number:
-                continue
-            fixed = other.system_attrs.get("fixed_params")
-            row = space.row(fixed | other.params if fixed else other.params)
-            if row is None and other.state is TrialState.RUNNING:
-                proposal = other.system_attrs.get(PROPOSAL, ())
-                row = tuple(proposal) if len(proposal) == len(space.options) else None
-            if row is None:
-                continue
-            found.seen.add(row)
-            if other.state is TrialState.RUNNING:
-                found.running.append(row)
-            elif other.state is TrialState.COMPLETE and all(map(math.isfinite, other.values)):
-                found.complete.append((row, tuple(other.values)))
-        return found
-
-
-def _rivals(study: Study, trial: FrozenTrial, row: Row) -> list[FrozenTrial]:
-    """The other trials that are to have the row; or have had it, since the rows were read."""
-    same = (t for t in study.get_trials(deepcopy=False) if t.system_attrs.get(PROPOSAL) == [*row])
-    return [t for t in same if t.number != trial.number]
-
-
 class _Model:
     """What the trials teach: candidates' expected growth of the hypervolume. All is minimised."""
 
     def __init__(
-        self, sampler: FrontierSampler, space: _Space, rows: _Rows, signs: Sequence[int]
+        self, sampler: FrontierSampler, space: Space, rows: Trials, signs: Sequence[int]
     ) -> None:
         self.space = space
         self.known = list(sampler.costs)
@@ -490,7 +285,7 @@ class _Model:
         self.undominated = Undominated(self.front, self.reference)
 
     def _costs(self, prices: Prices) -> Floats:
-        costs = _array(prices.values(), np.float64, len(self.known))
+        costs = array(prices.values(), np.float64, len(self.known))
         return np.asarray(costs * self.signs[self.known])
 
     def _inputs(self, rows: Collection[Row], costs: Floats) -> Inputs:
@@ -521,11 +316,6 @@ class _Model:
         rows = list(drawn)
         order = (rows[i] for i in np.argsort(-odds, kind="stable").tolist())
         return {r: drawn[r] for r in itertools.islice((r for r in order if r not in seen), POOL)}
-
-
-def _array(rows: Collection[tuple[float, ...]], dtype: Any, width: int) -> NDArray[Any]:
-    """Of tuples (n, width): quicker than numpy's own way."""
-    return np.fromiter(itertools.chain.from_iterable(rows), dtype).reshape(len(rows), width)
 
 
 def _reference(values: Floats, beyond: float) -> float:

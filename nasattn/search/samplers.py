@@ -27,7 +27,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nasattn.config import Search
 from nasattn.cost.table import Values, excess
 from nasattn.pricing import Candidates, Key
-from nasattn.search.frontier import FEW, Exhausted, FrontierSampler
+from nasattn.search.frontier import FrontierSampler
+from nasattn.search.frontier_space import FEW, Exhausted
 from nasattn.seed import derive
 
 STARTUP = 10  # slots that are drawn uniformly before TPE has something to learn from

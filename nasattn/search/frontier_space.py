@@ -1,0 +1,252 @@
+"""A study's parameters and trials as rows of option indices, as the frontier sampler sees them."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from nasattn.search.surrogate import Floats
+
+Params = Mapping[str, Any]
+Function = Callable[[dict[str, Any]], float]
+Known = tuple[tuple[float, ...], float]  # a row's costs, and how far it is from feasible
+Row = tuple[int, ...]  # the index of each parameter's option, in the order of the names
+Draw = Callable[[random.Random, int], Iterable[Params]]
+Prices = dict[Row, tuple[float, ...]]  # what feasible rows cost
+
+# Random draws of a proposal; few where each has yet to be priced: a vast space is not covered by
+# many either.
+DRAWN, FEW = 3000, 300
+WALKED = 2000  # changes of the study's rows that are tried for a new one
+DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
+LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
+CACHED = 50_000  # costs and constraints remembered
+PROPOSAL = "nasattn:proposal"  # what a running trial whose parameters are not yet stored will be
+
+
+class Exhausted(Exception):
+    """Every feasible row of the space is already a trial, or no further one was found."""
+
+
+class Space:
+    """A study's parameters, and ways to come by feasible rows.
+
+    price: parameters -> what is known of them, remembered in `memory`; fixed: parameters that have
+    their value already; draw: as of FrontierSampler.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, tuple[Any, ...]],
+        price: Callable[[dict[str, Any]], Known],
+        memory: dict[Row, Known],
+        rng: random.Random,
+        fixed: Params,
+        draw: Draw | None = None,
+    ) -> None:
+        self.options, self.rng, self._draw = options, rng, draw
+        self._price, self._memory = price, memory
+        # Values are found by (type, value), as True == 1 == 1.0; by themselves where all are of one
+        # type: a study of thousands of rows is looked up anew for each proposal.
+        self._alike = len({type(v) for o in options.values() for v in o}) == 1
+        self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
+        found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
+        self.fixed = {i: position for i, position in found.items() if position is not None}
+        values = [key for index in self._index.values() for key in index]
+        distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
+        self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
+        # one-hot options -> how often each value is taken
+        self._takes = np.zeros((len(values), len(distinct)), dtype=np.float32)
+        self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
+        free = [i for i in range(len(options)) if i not in self.fixed]
+        self._at = list(self._index.values())
+        self._keys = [list(index) for index in self._at]
+        self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
+        self._pairs = list(itertools.combinations(free, 2))
+
+    @property
+    def size(self) -> int:
+        return math.prod(len(o) for i, o in enumerate(self.options.values()) if i not in self.fixed)
+
+    def params(self, row: Row) -> dict[str, Any]:
+        return {name: o[i] for (name, o), i in zip(self.options.items(), row, strict=True)}
+
+    def row(self, params: Params) -> Row | None:
+        """None when a parameter is missing or has another value than the options."""
+        try:
+            if self._alike:
+                return tuple([index[params[name]] for name, index in self._index.items()])
+        except KeyError:
+            return None
+        found = [self._position(name, params[name]) for name in self._index if name in params]
+        row = tuple(position for position in found if position is not None)
+        return row if len(row) == len(self._index) else None
+
+    def _position(self, name: str, value: Any) -> int | None:
+        """Of a value among the parameter's options; 2.0 is 2 where there is no 2.0."""
+        index, options = self._index[name], self.options[name]
+        if (key := self._key(value)) in index:
+            return index[key]
+        return next((i for i, option in enumerate(options) if option == value), None)
+
+    def _key(self, value: Any) -> Any:
+        return value if self._alike else (type(value), value)
+
+    def encoded(self, rows: Collection[Row]) -> tuple[Floats, Floats]:
+        """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""
+        taken = array(rows, np.intp, len(self.options)) + self._offsets
+        options = np.zeros((len(taken), len(self._takes)), dtype=np.float32)
+        options[np.arange(len(taken))[:, None], taken] = 1.0
+        return options, options @ self._takes
+
+    def known(self, row: Row) -> Known:
+        """Asked for once a row."""
+        if (found := self._memory.get(row)) is None:
+            if len(self._memory) >= CACHED:
+                self._memory.clear()
+            found = self._memory[row] = self._price(self.params(row))
+        return found
+
+    def violation(self, row: Row) -> float:
+        return self.known(row)[1]
+
+    def prices(self, rows: Iterable[Row]) -> Prices:
+        """Of the feasible ones."""
+        known = self.known
+        return {r: costs for r in rows for costs, violation in [known(r)] if not violation}
+
+    @cached_property
+    def drawn(self) -> Prices:
+        """Of random feasible rows, few where these are rare."""
+        many = self._draw or self.size <= CACHED
+        return self.prices(self.sample(DRAWN if many else FEW))
+
+    def changes(self, rows: Sequence[Row], most: int) -> Iterator[Row]:
+        """One-step changes of the rows, all or `most` at random: another option for a parameter,
+        or the options of two exchanged."""
+        steps = len(self._moves) + len(self._pairs)
+        count = len(rows) * steps
+        for n in range(count) if count <= most else self.rng.sample(range(count), most):
+            row, step = rows[n // steps], n % steps
+            if self.fixed:
+                row = tuple(self.fixed.get(k, option) for k, option in enumerate(row))
+            if step < len(self._moves):
+                i, j = self._moves[step]
+                changed = (*row[:i], j, *row[i + 1 :])
+            else:
+                changed = self._exchanged(row, *self._pairs[step - len(self._moves)])
+            if changed != row:
+                yield changed
+
+    def _exchanged(self, row: Row, i: int, j: int) -> Row:
+        """The same row where one of the two has not the other's option."""
+        of_i = self._at[i].get(self._keys[j][row[j]])
+        of_j = self._at[j].get(self._keys[i][row[i]])
+        if of_i is None or of_j is None:
+            return row
+        return (*row[:i], of_i, *row[i + 1 : j], of_j, *row[j + 1 :])
+
+    def sample(self, most: int) -> Iterable[Row]:
+        """Random rows, perhaps alike or not feasible; fewer where `draw` gives fewer."""
+        if self._draw and not self.fixed:
+            drawn = map(self.row, self._draw(self.rng, most))
+            return (row for row in drawn if row is not None)
+        sizes = [len(o) for o in self.options.values()]
+        rng = np.random.default_rng(self.rng.getrandbits(64))
+        indices = rng.integers(sizes, size=(most, len(sizes)))
+        for i, option in self.fixed.items():
+            indices[:, i] = option
+        return map(tuple, indices.tolist())
+
+    def feasible(self) -> Row | None:
+        """A random feasible row: drawn, else the least infeasible of the draws repaired."""
+        least: tuple[float, Row] | None = None
+        for row in self.sample(DRAWS):
+            off = self.violation(row)
+            if not off:
+                return row
+            if least is None or off < least[0]:
+                least = off, row
+        while least is not None:
+            near = self.changes([least[1]], len(self._moves) + len(self._pairs))
+            better = min(((self.violation(r), r) for r in near), default=least)
+            if not better[0]:
+                return better[1]
+            least = better if better[0] < least[0] else None
+        return None
+
+    def fresh(self, seen: set[Row]) -> Row:
+        """A random feasible row that is not seen; where draws find none, by walks from seen ones,
+        and in a small space by looking at all that is left."""
+        for _ in range(DRAWS):
+            if (row := self.feasible()) is not None and row not in seen:
+                return row
+        for row in self.changes(sorted(seen), WALKED):
+            if row not in seen and not self.violation(row):
+                return row
+        if self.size <= LISTED:
+            axes = [
+                [self.fixed[i]] if i in self.fixed else list(range(len(o)))
+                for i, o in enumerate(self.options.values())
+            ]
+            left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
+            if left:
+                return self.rng.choice(left)
+        if self.size <= LISTED:
+            raise Exhausted(
+                f"no feasible parameters are left that are not among the study's trials: "
+                f"{len(seen)} rows of a space of {self.size:,}"
+            )
+        raise Exhausted(
+            f"no feasible parameters were found beside the study's {len(seen)} trials, by draws "
+            f"and one-step changes of them, in a space of {self.size:,}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """The study's trials. complete: (row, objective values); running: rows under evaluation;
+    seen: all rows that must not come again."""
+
+    complete: list[tuple[Row, tuple[float, ...]]]
+    running: list[Row]
+    seen: set[Row]
+
+    @classmethod
+    def of(cls, study: Study, trial: FrozenTrial, space: Space) -> "Trials":
+        found = cls([], [], set())
+        for other in study.get_trials(deepcopy=False):
+            if other.number == trial.number:
+                continue
+            fixed = other.system_attrs.get("fixed_params")
+            row = space.row(fixed | other.params if fixed else other.params)
+            if row is None and other.state is TrialState.RUNNING:
+                proposal = other.system_attrs.get(PROPOSAL, ())
+                row = tuple(proposal) if len(proposal) == len(space.options) else None
+            if row is None:
+                continue
+            found.seen.add(row)
+            if other.state is TrialState.RUNNING:
+                found.running.append(row)
+            elif other.state is TrialState.COMPLETE and all(map(math.isfinite, other.values)):
+                found.complete.append((row, tuple(other.values)))
+        return found
+
+
+def rivals_of(study: Study, trial: FrozenTrial, row: Row) -> list[FrozenTrial]:
+    """The other trials that are to have the row; or have had it, since the rows were read."""
+    same = (t for t in study.get_trials(deepcopy=False) if t.system_attrs.get(PROPOSAL) == [*row])
+    return [t for t in same if t.number != trial.number]
+
+
+def array(rows: Collection[tuple[float, ...]], dtype: Any, width: int) -> NDArray[Any]:
+    """Of tuples (n, width): quicker than numpy's own way."""
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype).reshape(len(rows), width)

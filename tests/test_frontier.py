@@ -507,28 +507,93 @@ def test_processes_that_propose_at_once_do_not_repeat_each_other(tmp_path: Path)
     assert len(set(keys(study))) == len(study.trials) == 24
 
 
+TWO = {"a": CategoricalDistribution((0, 1))}
+
+
 def test_what_another_process_proposed_and_finished_meanwhile_is_left_alone() -> None:
-    """It is complete before this one has told of its own proposal."""
-    sampler = FrontierSampler({1: cost}, space=SPACE)
+    """It is complete before this one has told of its own proposal; only the other row is left."""
+    sampler = FrontierSampler({1: lambda p: p["a"]}, space=TWO)
     study = study_of(sampler)
-    study.optimize(objective, n_trials=12)
     propose, other = sampler._propose, list[Params]()
 
     def overtaken(space: Any, *arguments: Any) -> Any:
         row = propose(space, *arguments)
         if not other:
             other.append(space.params(row))
-            values = (0.5, cost(other[0]))
             attributes = {PROPOSAL: list(row)}
-            study.add_trial(
-                create_trial(
-                    params=other[0], distributions=SPACE, values=values, system_attrs=attributes
-                )
+            ended = create_trial(
+                params=other[0], distributions=TWO, values=(0.5, 0.0), system_attrs=attributes
             )
+            study.add_trial(ended)
         return row
 
     sampler._propose = overtaken  # type: ignore[method-assign]
-    assert study.ask(SPACE).params != other[0]
+    assert study.ask(TWO).params == {"a": 1 - other[0]["a"]}
+    with pytest.raises(Exhausted):
+        study.ask(TWO)
+
+
+def test_who_ended_before_it_had_its_parameters_keeps_no_row() -> None:
+    space = TWO | {"b": CategoricalDistribution((0, 1))}
+    study = study_of(FrontierSampler({1: lambda p: p["a"]}, space=space))
+    for row in ([0, 0], [1, 1]):
+        ended = create_trial(
+            params={"a": row[0]},
+            distributions=TWO,
+            state=TrialState.FAIL,
+            system_attrs={PROPOSAL: row},
+        )
+        study.add_trial(ended)
+    found = set()
+    for _ in range(4):
+        trial = study.ask(space)
+        found.add(tuple(trial.params.values()))
+        study.tell(trial, (0.5, 0.0))
+    assert len(found) == 4
+    with pytest.raises(Exhausted):
+        study.ask(space)
+
+
+@pytest.mark.parametrize("low", [0.1 + 0.2, 0.3, -1e18])
+def test_a_cost_far_beyond_all_that_were_seen_does_no_harm(low: float) -> None:
+    """The seen ones differ by a rounding error; one that runs costs 10,000."""
+    costs = {v: low if v == "none" else 0.3 for v in OPTIONS} | {"deep": 1e4}
+    study = study_of(FrontierSampler({1: lambda p: costs[p["site0"]]}, space=SPACE))
+    for i, last in enumerate(itertools.product(OPTIONS, repeat=2)):
+        params = dict.fromkeys(SPACE, OPTIONS[i % 3]) | {"site4": last[0], "site5": last[1]}
+        values = (float(i), costs[params["site0"]])
+        study.add_trial(create_trial(params=params, distributions=SPACE, values=values))
+    study.enqueue_trial(dict.fromkeys(SPACE, "deep"))
+    study.ask(SPACE)
+    assert study.ask(SPACE).params != dict.fromkeys(SPACE, "deep")
+
+
+def test_of_a_draw_without_an_end_as_many_rows_are_taken_as_are_asked_for() -> None:
+    def draw(rng: random.Random, most: int) -> Any:
+        while True:
+            yield {name: rng.choice(OPTIONS) for name in SPACE}
+
+    study = study_of(FrontierSampler({1: cost}, space=SPACE, draw=draw))
+    study.optimize(objective, n_trials=START + 2)
+    assert len(set(keys(study))) == START + 2
+
+
+def test_parameters_without_options_in_common_are_not_exchanged() -> None:
+    """Of as many steps as are asked for, none is lost to a pair that cannot be."""
+    options = {f"p{i}": tuple(f"{i}.{j}" for j in range(4)) for i in range(24)}
+    space = space_of(options)
+    assert len(list(space.changes([(0,) * 24], 1000))) == 24 * 3
+    assert not space._pairs
+    many = space_of({f"p{i}": ("none", "se") for i in range(300)})
+    assert 0 < len(many._pairs) <= len(many._moves) == 600
+
+
+def test_options_that_repeat_are_refused() -> None:
+    study = study_of(FrontierSampler({1: lambda p: 0.0}))
+    space = {"a": CategoricalDistribution(["x", "x", "y"]), "b": CategoricalDistribution([0, 1])}
+    study.add_trial(create_trial(params={"a": "x", "b": 0}, distributions=space, values=(0.0, 0.0)))
+    with pytest.raises(ValueError, match=r"options of a repeat: \('x', 'x', 'y'\); allowed: each"):
+        study.ask(space)
 
 
 def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path) -> None:

@@ -48,12 +48,13 @@ from nasattn.seed import derive
 
 SPREAD = 16  # draws of which an early trial takes the one that costs most unlike the others
 START = 8  # complete trials before the model is asked
-POOL = 200  # of the changes of the frontier's members, and of the random draws, looked at closely
+POOL = 200  # changes of the frontier's members, and as many of the draws if there are twice as many
 CLIMBS, CLIMBERS, CLIMBED = 5, 4, 100  # rounds of changes of the best few that had none yet
 LEARNED = 300  # rows the model learns from: so many of the frontier's and of all, the latest
 # The reference point of the hypervolume, in ranges beyond the worst known cost and the worst value
 # seen: an error worse than all so far must count for the cheapest rows to be worth a trial.
 NEAR, FAR = 0.05, 1.0
+BEYOND = 100.0  # ranges beyond the costs seen after which all is equally far, in single precision
 
 
 class FrontierSampler(BaseSampler):
@@ -148,21 +149,20 @@ class FrontierSampler(BaseSampler):
             row = self._propose(space, rows, signs)
             while True:
                 study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
-                if not (rivals := rivals_of(study, trial, row)):
+                if not (rivals := rivals_of(study, trial, row, space)):
                     return space.params(row)
-                # Other processes have proposed it at the same time. The later trial leaves them the
-                # next best as well, or they would go on to meet.
-                first = all(
-                    t.state is TrialState.RUNNING and t.number > trial.number for t in rivals
-                )
+                # Other processes have proposed it at the same time. Of trials that run, the later
+                # leaves the others the next best as well, or they would go on to meet.
+                running = [t.number for t in rivals if t.state is TrialState.RUNNING]
+                later = bool(running) and min(running) < trial.number
                 rows.seen.add(row)
                 try:
                     row = self._propose(space, rows, signs)
-                    if not first:
+                    if later:
                         rows.seen.add(row)
                         row = self._propose(space, rows, signs)
                 except Exhausted:
-                    if not first:
+                    if later or len(running) < len(rivals):
                         raise
                     return space.params(row)  # the last one is the first trial's
 
@@ -290,15 +290,16 @@ class _Model:
 
     def _inputs(self, rows: Collection[Row], costs: Floats) -> Inputs:
         options, counts = self.space.encoded(rows)
-        scaled = ((costs - self._low) / self._range).astype(np.float32)
-        return Inputs(options, counts, scaled, len(self.space.options))
+        scaled = np.clip((costs - self._low) / self._range, -BEYOND, BEYOND)
+        return Inputs(options, counts, scaled.astype(np.float32), len(self.space.options))
 
     def score(self, prices: Prices) -> list[float]:
         costs = self._costs(prices)
         inputs = self._inputs(prices, costs)
         shortfalls: list[Shortfall] = [exactly(column) for column in costs.T]
         shortfalls += [process.predict(inputs) for process in self.processes]
-        scores: list[float] = self.undominated.growth(shortfalls).tolist()
+        growth = self.undominated.growth(shortfalls)
+        scores: list[float] = np.nan_to_num(growth, nan=-np.inf).tolist()
         return scores
 
     def promising(self, seen: set[Row]) -> Prices:

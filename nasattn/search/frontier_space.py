@@ -29,7 +29,7 @@ WALKED = 2000  # changes of the study's rows that are tried for a new one
 DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
 LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
 CACHED = 50_000  # costs and constraints remembered
-PROPOSAL = "nasattn:proposal"  # what a running trial whose parameters are not yet stored will be
+PROPOSAL = "nasattn:proposal"  # the row of a trial, before its parameters are stored
 
 
 class Exhausted(Exception):
@@ -58,6 +58,9 @@ class Space:
         # type: a study of thousands of rows is looked up anew for each proposal.
         self._alike = len({type(v) for o in options.values() for v in o}) == 1
         self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
+        for name, index in self._index.items():
+            if len(index) < len(options[name]):
+                raise ValueError(f"options of {name} repeat: {options[name]}; allowed: each once")
         found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
         self.fixed = {i: position for i, position in found.items() if position is not None}
         values = [key for index in self._index.values() for key in index]
@@ -66,11 +69,15 @@ class Space:
         # one-hot options -> how often each value is taken
         self._takes = np.zeros((len(values), len(distinct)), dtype=np.float32)
         self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
-        free = [i for i in range(len(options)) if i not in self.fixed]
         self._at = list(self._index.values())
         self._keys = [list(index) for index in self._at]
+        free = [i for i in range(len(options)) if i not in self.fixed]
         self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
-        self._pairs = list(itertools.combinations(free, 2))
+        # Pairs with options in common; of many some at random, as their number grows as the square.
+        pairs: Iterable[tuple[int, ...]] = itertools.combinations(free, 2)
+        if math.comb(len(free), 2) > len(self._moves):
+            pairs = (tuple(sorted(rng.sample(free, 2))) for _ in self._moves)
+        self._pairs = [(i, j) for i, j in pairs if len(self._at[i].keys() & self._at[j].keys()) > 1]
 
     @property
     def size(self) -> int:
@@ -108,7 +115,7 @@ class Space:
         return options, options @ self._takes
 
     def known(self, row: Row) -> Known:
-        """Asked for once a row."""
+        """Asked for once a row, while it is remembered."""
         if (found := self._memory.get(row)) is None:
             if len(self._memory) >= CACHED:
                 self._memory.clear()
@@ -126,7 +133,7 @@ class Space:
     @cached_property
     def drawn(self) -> Prices:
         """Of random feasible rows, few where these are rare."""
-        many = self._draw or self.size <= CACHED
+        many = self.size <= CACHED or (self._draw and not self.fixed)
         return self.prices(self.sample(DRAWN if many else FEW))
 
     def changes(self, rows: Sequence[Row], most: int) -> Iterator[Row]:
@@ -135,16 +142,17 @@ class Space:
         steps = len(self._moves) + len(self._pairs)
         count = len(rows) * steps
         for n in range(count) if count <= most else self.rng.sample(range(count), most):
-            row, step = rows[n // steps], n % steps
+            row = rows[n // steps]
             if self.fixed:
                 row = tuple(self.fixed.get(k, option) for k, option in enumerate(row))
-            if step < len(self._moves):
-                i, j = self._moves[step]
-                changed = (*row[:i], j, *row[i + 1 :])
-            else:
-                changed = self._exchanged(row, *self._pairs[step - len(self._moves)])
-            if changed != row:
+            if (changed := self._changed(row, n % steps)) != row:
                 yield changed
+
+    def _changed(self, row: Row, step: int) -> Row:
+        if step >= len(self._moves):
+            return self._exchanged(row, *self._pairs[step - len(self._moves)])
+        i, j = self._moves[step]
+        return (*row[:i], j, *row[i + 1 :])
 
     def _exchanged(self, row: Row, i: int, j: int) -> Row:
         """The same row where one of the two has not the other's option."""
@@ -157,7 +165,7 @@ class Space:
     def sample(self, most: int) -> Iterable[Row]:
         """Random rows, perhaps alike or not feasible; fewer where `draw` gives fewer."""
         if self._draw and not self.fixed:
-            drawn = map(self.row, self._draw(self.rng, most))
+            drawn = map(self.row, itertools.islice(self._draw(self.rng, most), most))
             return (row for row in drawn if row is not None)
         sizes = [len(o) for o in self.options.values()]
         rng = np.random.default_rng(self.rng.getrandbits(64))
@@ -176,7 +184,7 @@ class Space:
             if least is None or off < least[0]:
                 least = off, row
         while least is not None:
-            near = self.changes([least[1]], len(self._moves) + len(self._pairs))
+            near = (self._changed(least[1], step) for step in range(len(self._moves)))
             better = min(((self.violation(r), r) for r in near), default=least)
             if not better[0]:
                 return better[1]
@@ -200,7 +208,6 @@ class Space:
             left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
             if left:
                 return self.rng.choice(left)
-        if self.size <= LISTED:
             raise Exhausted(
                 f"no feasible parameters are left that are not among the study's trials: "
                 f"{len(seen)} rows of a space of {self.size:,}"
@@ -241,10 +248,16 @@ class Trials:
         return found
 
 
-def rivals_of(study: Study, trial: FrozenTrial, row: Row) -> list[FrozenTrial]:
-    """The other trials that are to have the row; or have had it, since the rows were read."""
+def rivals_of(study: Study, trial: FrozenTrial, row: Row, space: Space) -> list[FrozenTrial]:
+    """The other trials that are to have the row; or have had it, since the rows were read. One that
+    ended before it had all its parameters has had none."""
     same = (t for t in study.get_trials(deepcopy=False) if t.system_attrs.get(PROPOSAL) == [*row])
-    return [t for t in same if t.number != trial.number]
+    return [
+        t
+        for t in same
+        if t.number != trial.number
+        and (t.state is TrialState.RUNNING or space.options.keys() <= t.params.keys())
+    ]
 
 
 def array(rows: Collection[tuple[float, ...]], dtype: Any, width: int) -> NDArray[Any]:

@@ -1,5 +1,5 @@
 """What a search learns, and what it is worth: a Gaussian process and the expected growth of the
-hypervolume, both exact. All objectives are minimised. numpy and scipy only.
+hypervolume, by their closed forms. All objectives are minimised. numpy and scipy only.
 """
 
 import math

@@ -621,6 +621,42 @@ def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path)
     assert sorted(found, key=str) == [(1, 2), None]
 
 
+@pytest.mark.parametrize("rival", ["took it", "leaves it", "died"])
+def test_the_last_row_that_a_later_trial_is_to_have_as_well(
+    rival: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has told of it first and stores its parameters a moment later; or it has seen this one."""
+    monkeypatch.setattr("nasattn.search.frontier_space.LOOKS", 3)
+    sampler = FrontierSampler({1: lambda p: p["a"]}, space=TWO)
+    study = study_of(sampler)
+    study.add_trial(create_trial(params={"a": 0}, distributions=TWO, values=(0.5, 0.0)))
+    propose, storage = sampler._propose, study._storage
+
+    def beside(*arguments: Any) -> Any:
+        row = propose(*arguments)
+        if len(study.trials) == 2:
+            study.add_trial(
+                create_trial(state=TrialState.RUNNING, system_attrs={PROPOSAL: list(row)})
+            )
+        return row
+
+    def later(_: float) -> None:
+        number = study.trials[2]._trial_id
+        if rival == "took it":
+            storage.set_trial_param(number, "a", 1, TWO["a"])
+        elif rival == "leaves it":
+            storage.set_trial_system_attr(number, PROPOSAL, [])
+
+    sampler._propose = beside  # type: ignore[method-assign]
+    monkeypatch.setattr("nasattn.search.frontier_space.time.sleep", later)
+    if rival == "took it":
+        with pytest.raises(Exhausted):
+            study.ask(TWO)
+        assert study.trials[1].system_attrs[PROPOSAL] == []
+    else:
+        assert study.ask(TWO).params == {"a": 1}
+
+
 def test_a_cost_is_asked_of_feasible_rows_alone() -> None:
     """Such as a table that has no others."""
     table = {row: float(sum(row)) for row in itertools.product((0, 1, 2), repeat=3) if any(row)}

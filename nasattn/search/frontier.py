@@ -34,6 +34,7 @@ from nasattn.search.frontier_space import (
     Trials,
     array,
     rivals_of,
+    taken,
 )
 from nasattn.search.surrogate import (
     Floats,
@@ -162,7 +163,8 @@ class FrontierSampler(BaseSampler):
                         rows.seen.add(row)
                         row = self._propose(space, rows, signs)
                 except Exhausted:
-                    if later or len(running) < len(rivals):
+                    if later or taken(study, trial, row, space):
+                        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, [])
                         raise
                     return space.params(row)  # the last one is the first trial's
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ DRAWN, FEW = 3000, 300
 WALKED = 2000  # changes of the study's rows that are tried for a new one
 DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
 LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
+LOOKS = 20  # at who may have taken the last row, in 2 s
 CACHED = 50_000  # costs and constraints remembered
 PROPOSAL = "nasattn:proposal"  # the row of a trial, before its parameters are stored
 
@@ -258,6 +260,18 @@ def rivals_of(study: Study, trial: FrozenTrial, row: Row, space: Space) -> list[
         if t.number != trial.number
         and (t.state is TrialState.RUNNING or space.options.keys() <= t.params.keys())
     ]
+
+
+def taken(study: Study, trial: FrozenTrial, row: Row, space: Space) -> bool:
+    """Whether one of the others that are to have the row has it. All but the first trial, this one,
+    leave it and say so; one that told of it before this one did stores its parameters in a moment;
+    one that has died does neither."""
+    for _ in range(LOOKS):
+        rivals = rivals_of(study, trial, row, space)
+        if not rivals or any(t.params for t in rivals):
+            return bool(rivals)
+        time.sleep(0.1)
+    return False
 
 
 def array(rows: Collection[tuple[float, ...]], dtype: Any, width: int) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from nasattn.search.frontier_space import (
     PROPOSAL,
     Draw,
     Exhausted,
-    Function,
     Known,
     Params,
     Prices,
@@ -47,9 +46,11 @@ from nasattn.search.surrogate import (
 )
 from nasattn.seed import derive
 
+Function = Callable[[dict[str, Any]], float]
+
 SPREAD = 16  # draws of which an early trial takes the one that costs most unlike the others
 START = 8  # complete trials before the model is asked
-POOL = 200  # changes of the frontier's members, and as many of the draws if there are twice as many
+POOL = 200  # changes of the frontier's members that are scored, and draws, if not all of them are
 CLIMBS, CLIMBERS, CLIMBED = 5, 4, 100  # rounds of changes of the best few that had none yet
 LEARNED = 300  # rows the model learns from: so many of the frontier's and of all, the latest
 # The reference point of the hypervolume, in ranges beyond the worst known cost and the worst value
@@ -66,8 +67,8 @@ class FrontierSampler(BaseSampler):
     parameters, feasible at or below zero. space: the parameters, where they are known before the
     first trial; else they are read from the study's trials, and the first trial, whose space nobody
     knows, is held to the constraints as far as they can be told from the parameters so far. draw:
-    random feasible parameters, by an rng and at most so many, instead of uniform draws that are
-    tested.
+    random feasible parameters, by an rng and at most so many (fewer, where each takes long), in
+    place of uniform draws that are tested.
 
     No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left, or
     nothing was found in a space too large to be listed. Before a first trial is complete the space
@@ -124,9 +125,7 @@ class FrontierSampler(BaseSampler):
         """Whether these are enough to tell the costs. Not those of a trial that has suggested only
         a part so far."""
         try:
-            if not self._violation(params):
-                for cost in self.costs.values():
-                    cost(params)
+            self._price(params)
         except (LookupError, TypeError):
             return False
         return True
@@ -147,26 +146,32 @@ class FrontierSampler(BaseSampler):
         signs = [_sign(d) for d in study.directions]
         with self._lock:
             rows = Trials.of(study, trial, space)
-            row = self._propose(space, rows, signs)
-            while True:
-                study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
-                if not (rivals := rivals_of(study, trial, row, space)):
-                    return space.params(row)
-                # Other processes have proposed it at the same time. Of trials that run, the later
-                # leaves the others the next best as well, or they would go on to meet.
-                running = [t.number for t in rivals if t.state is TrialState.RUNNING]
-                later = bool(running) and min(running) < trial.number
-                rows.seen.add(row)
-                try:
+            return space.params(self._agreed(study, trial, space, rows, signs))
+
+    def _agreed(
+        self, study: Study, trial: FrozenTrial, space: Space, rows: Trials, signs: Sequence[int]
+    ) -> Row:
+        """A proposal that no other process makes at the same time, told to them by the trial."""
+        row = self._propose(space, rows, signs)
+        while True:
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
+            if not (rivals := rivals_of(study, trial, row, space)):
+                return row
+            # Of trials that run, the later leaves the others the next best as well, or they would
+            # go on to meet.
+            running = [t.number for t in rivals if t.state is TrialState.RUNNING]
+            later = bool(running) and min(running) < trial.number
+            rows.seen.add(row)
+            try:
+                row = self._propose(space, rows, signs)
+                if later:
+                    rows.seen.add(row)
                     row = self._propose(space, rows, signs)
-                    if later:
-                        rows.seen.add(row)
-                        row = self._propose(space, rows, signs)
-                except Exhausted:
-                    if later or taken(study, trial, row, space):
-                        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, [])
-                        raise
-                    return space.params(row)  # the last one is the first trial's
+            except Exhausted:
+                if later or taken(study, trial, row, space):
+                    study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, [])
+                    raise
+                return row  # the last one is the first trial's
 
     def sample_independent(
         self,
@@ -278,8 +283,8 @@ class _Model:
             front = np.vstack([front, believed])
             front = front[non_dominated(front)]
         self.front = front[:, [*self.known, *self.unknown]]
-        self._drawn = self._costs(space.drawn)
-        costs = np.vstack([points[:, self.known], self._drawn])
+        self._drawn_costs = self._costs(space.drawn)
+        costs = np.vstack([points[:, self.known], self._drawn_costs])
         self.reference = np.array(
             [_reference(column, NEAR) for column in costs.T]
             + [_reference(points[:, i], FAR) for i in self.unknown]
@@ -307,7 +312,7 @@ class _Model:
     def promising(self, seen: set[Row]) -> Prices:
         """Of the random rows those that may be the best: the POOL of them that are likeliest to be
         better than all on the frontier that cost no more, by a linear stand-in of the processes."""
-        drawn, costs = self.space.drawn, self._drawn
+        drawn, costs = self.space.drawn, self._drawn_costs
         if len(drawn) <= 2 * POOL:
             return drawn
         inputs = self._inputs(drawn, costs)

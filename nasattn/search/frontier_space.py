@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 from nasattn.search.surrogate import Floats
 
 Params = Mapping[str, Any]
-Function = Callable[[dict[str, Any]], float]
 Known = tuple[tuple[float, ...], float]  # a row's costs, and how far it is from feasible
 Row = tuple[int, ...]  # the index of each parameter's option, in the order of the names
 Draw = Callable[[random.Random, int], Iterable[Params]]
@@ -65,14 +64,14 @@ class Space:
                 raise ValueError(f"options of {name} repeat: {options[name]}; allowed: each once")
         found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
         self.fixed = {i: position for i, position in found.items() if position is not None}
-        values = [key for index in self._index.values() for key in index]
+        self._at = list(self._index.values())
+        self._keys = [list(index) for index in self._at]
+        values = list(itertools.chain.from_iterable(self._keys))
         distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
         self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
         # one-hot options -> how often each value is taken
         self._takes = np.zeros((len(values), len(distinct)), dtype=np.float32)
         self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
-        self._at = list(self._index.values())
-        self._keys = [list(index) for index in self._at]
         free = [i for i in range(len(options)) if i not in self.fixed]
         self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
         # Pairs with options in common; of many some at random, as their number grows as the square.
@@ -253,11 +252,12 @@ class Trials:
 def rivals_of(study: Study, trial: FrozenTrial, row: Row, space: Space) -> list[FrozenTrial]:
     """The other trials that are to have the row; or have had it, since the rows were read. One that
     ended before it had all its parameters has had none."""
-    same = (t for t in study.get_trials(deepcopy=False) if t.system_attrs.get(PROPOSAL) == [*row])
+    told = list(row)
     return [
         t
-        for t in same
-        if t.number != trial.number
+        for t in study.get_trials(deepcopy=False)
+        if t.system_attrs.get(PROPOSAL) == told
+        and t.number != trial.number
         and (t.state is TrialState.RUNNING or space.options.keys() <= t.params.keys())
     ]
 

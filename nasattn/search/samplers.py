@@ -72,6 +72,7 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
     def draw(rng: random.Random, most: int) -> Iterable[dict[str, str]]:
         if (listed := candidates.listed) is not None:
             return rng.sample(listed, min(most, len(listed)))
+        # Each of these is drawn and priced anew.
         source = candidates.budgets[0] if candidates.budgets else space.chain
         return (source.sample(rng) for _ in range(min(most, FEW)))
 

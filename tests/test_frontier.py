@@ -21,7 +21,7 @@ from nasattn.pareto import hypervolume
 from nasattn.pareto import non_dominated as slow_non_dominated
 from nasattn.search import frontier
 from nasattn.search.frontier import LEARNED, START
-from nasattn.search.frontier_space import PROPOSAL, Space, Trials
+from nasattn.search.frontier_space import DRAWN, FEW, PROPOSAL, Space, Trials
 from nasattn.search.samplers import Exhausted, FrontierSampler
 from nasattn.search.surrogate import (
     Inputs,
@@ -576,6 +576,40 @@ def test_of_a_draw_without_an_end_as_many_rows_are_taken_as_are_asked_for() -> N
     study = study_of(FrontierSampler({1: cost}, space=SPACE, draw=draw))
     study.optimize(objective, n_trials=START + 2)
     assert len(set(keys(study))) == START + 2
+
+
+def test_many_rows_are_drawn_only_where_each_is_cheap() -> None:
+    """Of one's own draw, or of a space whose costs are soon all known."""
+    asked = list[int]()
+
+    def draw(rng: random.Random, most: int) -> Any:
+        asked.append(most)
+        return ({f"p{i}": rng.choice(OPTIONS) for i in range(30)} for _ in range(most))
+
+    small, vast = dict.fromkeys(SPACE, OPTIONS), {f"p{i}": OPTIONS for i in range(30)}
+    assert len(space_of(small).drawn) > FEW
+    assert len(space_of(vast).drawn) == FEW
+    own = FrontierSampler({}, draw=draw)
+    assert len(own._space(vast, random.Random(0), {}).drawn) == asked[0] == DRAWN
+    fixed = own._space(vast, random.Random(0), {"p0": "wide"}).drawn
+    assert len(fixed) == FEW
+    assert {row[0] for row in fixed} == {OPTIONS.index("wide")}
+    assert len(asked) == 1, "it knows nothing of what is fixed"
+
+
+def test_errors_beyond_all_measure_leave_scores_that_compare() -> None:
+    sampler = FrontierSampler({1: cost})
+    study = study_of(sampler)
+    rng = random.Random(0)
+    for value in [*range(11), 1e300]:
+        params = {name: rng.choice(OPTIONS) for name in SPACE}
+        values = (float(value), cost(params))
+        study.add_trial(create_trial(params=params, distributions=SPACE, values=values))
+    space = sampler._space(dict.fromkeys(SPACE, OPTIONS), random.Random(0), {})
+    with np.errstate(all="ignore"):
+        model = frontier._Model(sampler, space, Trials.of(study, study.ask(SPACE), space), [1, 1])
+        scores = model.score(space.drawn)
+    assert not np.isnan(scores).any()
 
 
 def test_parameters_without_options_in_common_are_not_exchanged() -> None:

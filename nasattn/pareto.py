@@ -30,22 +30,57 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     if len(array) <= PAIRS:
         worse = np.all(array[:, None] <= array, axis=2)
         return np.asarray(~np.any(worse & ~worse.T, axis=0))
-    mask = np.zeros(len(array), dtype=bool)
-    left = np.lexsort(array.T[::-1])
-    while len(left):
-        # The first of what no member dominates, axis by axis, is dominated by nothing.
-        member = array[left[0]]
+    different, places = np.unique(array, axis=0, return_inverse=True)
+    mask = np.zeros(len(different), dtype=bool)
+    left = np.arange(len(different))
+    while len(left):  # the first in order, axis by axis, is dominated by none that is left
         mask[left[0]] = True
-        rivals = array[left]
-        left = left[~np.all(rivals >= member, axis=1) | np.all(rivals == member, axis=1)][1:]
-    return mask
+        left = left[np.any(different[left] < different[left[0]], axis=1)]
+    return np.asarray(mask[places])
+
+
+def undominated(
+    points: ArrayLike, reference: ArrayLike
+) -> tuple[list[Floats], NDArray[np.int64], NDArray[np.int64]]:
+    """What lies below the reference (m,) and none of the points (n, m) dominates, cut into disjoint
+    boxes, in the order of n to the power of m // 2 at most: Lacour, Klamroth and Fonseca 2017, "A
+    box decomposition algorithm to compute the hypervolume indicator".
+
+    Returned are the edges of each axis, the points' coordinates in order and the reference, and the
+    lower and the upper corners of the boxes (b, m) by their places among the edges: one is the
+    first, zero minus infinity.
+    """
+    limit = np.asarray(reference, dtype=np.float64)
+    array = np.asarray(points, dtype=np.float64)
+    array = array[np.all(array < limit, axis=1)]
+    count, axes = array.shape
+    edges = [np.append(np.sort(column), end) for column, end in zip(array.T, limit, strict=True)]
+    # Places differ where coordinates are equal, which leaves some boxes without a volume.
+    places = np.argsort(np.argsort(array, axis=0, kind="stable"), axis=0) + 1
+    # What no point dominates is below the upper corner of a zone; zones overlap. bounds[z, k] is
+    # the point that bounds zone z on axis k: what it is there is upper[z, k], and zero here.
+    upper = np.full((1, axes), count + 1)
+    bounds = np.zeros((1, axes, axes), dtype=np.int64)
+    for point in places[np.argsort(places[:, 0])]:  # in this order none dominates an earlier one
+        inside = np.all(point < upper, axis=1)
+        zone, axis = np.nonzero(point > bounds[inside].max(axis=1))
+        each = np.arange(len(zone))
+        cut, by = upper[inside][zone], bounds[inside][zone]
+        cut[each, axis] = point[axis]
+        by[each, axis] = point
+        by[each, axis, axis] = 0
+        upper = np.concatenate([upper[~inside], cut])
+        bounds = np.concatenate([bounds[~inside], by])
+    lower = np.zeros_like(upper)
+    for k in range(1, axes):
+        lower[:, k] = bounds[:, :k, k].max(axis=1)
+    return edges, lower, upper
 
 
 def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
     """Volume that the points dominate inside the box below the reference, exactly.
 
-    Points that are not better than the reference everywhere add nothing. In two dimensions a sweep,
-    above by slicing along the last axis (exact, polynomial in n for the few objectives here).
+    Points that are not better than the reference everywhere add nothing.
     """
     limit = np.asarray(reference, dtype=np.float64)
     array = np.asarray(points, dtype=np.float64)
@@ -53,26 +88,16 @@ def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
         return 0.0
     if (array := _points(array)).shape[1] != len(limit):
         raise ValueError(f"points of {array.shape[1]} axes, a reference of {len(limit)}")
-    return _volume(array[np.all(array < limit, axis=1)], limit)
-
-
-def _volume(array: Floats, limit: Floats) -> float:
+    array = array[np.all(array < limit, axis=1)]
     if not len(array):
         return 0.0
-    if len(limit) == 1:
-        return float(limit[0] - array.min())
-    array = array[non_dominated(array)]
-    if len(limit) == 2:  # sorted by the first axis, a front falls along the second
-        array = array[np.argsort(array[:, 0], kind="stable")]
-        right = np.append(array[1:, 0], limit[0])
-        return float(np.sum((right - array[:, 0]) * (limit[1] - array[:, 1])))
-    array = array[np.argsort(array[:, -1], kind="stable")]
-    depths = np.append(array[1:, -1], limit[-1]) - array[:, -1]
-    return sum(
-        float(depth) * _volume(array[: i + 1, :-1], limit[:-1])
-        for i, depth in enumerate(depths)
-        if depth > 0
-    )
+    ideal = array.min(axis=0)
+    edges, lower, upper = undominated(array[non_dominated(array)], limit)
+    outside = np.ones(len(lower))
+    for least, edge, low, high in zip(ideal, edges, lower.T, upper.T, strict=True):
+        values = np.append(least, edge)
+        outside *= values[high] - values[low]
+    return float(np.prod(limit - ideal) - outside.sum())
 
 
 def knee(points: ArrayLike) -> int:

@@ -18,7 +18,6 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from nasattn.pareto import hypervolume
-from nasattn.pareto import non_dominated as slow_non_dominated
 from nasattn.search import frontier
 from nasattn.search.frontier import LEARNED, START
 from nasattn.search.frontier_space import DRAWN, FEW, PROPOSAL, Space, Trials
@@ -28,7 +27,6 @@ from nasattn.search.surrogate import (
     Process,
     Undominated,
     log_normal,
-    non_dominated,
 )
 
 Params = dict[str, Any]
@@ -140,7 +138,6 @@ def gaussian(mean: float, std: float) -> Callable[[Any], Any]:
 def test_expected_growth_is_what_simulation_finds(axes: int, unknown: int) -> None:
     rng = np.random.default_rng(axes * 10 + unknown)
     front = rng.uniform(0, 1, (12, axes)).round(1)  # members share values, as costs do
-    front = front[non_dominated(front)]
     reference = np.full(axes, 1.05)
     for _ in range(3):
         means = rng.uniform(0.1, 0.6, axes)
@@ -220,16 +217,6 @@ def test_a_trend_goes_on_beyond_what_was_seen(monkeypatch: pytest.MonkeyPatch) -
     assert above_floor() > 0.5
 
 
-def test_the_quick_front_is_the_slow_one() -> None:
-    rng = np.random.default_rng(0)
-    for axes in (2, 3):
-        points = rng.integers(0, 6, (60, axes)).astype(float)
-        quick = {tuple(p) for p in points[non_dominated(points)]}
-        slow = {tuple(p) for p in points[slow_non_dominated(points)]}
-        assert quick == slow
-        assert len(non_dominated(points)) == len(quick), "one of equal points"
-
-
 def test_directions_only_mirror() -> None:
     plain = study_of(FrontierSampler({1: cost}, seed=1))
     plain.optimize(objective, n_trials=30)
@@ -252,7 +239,7 @@ def test_it_beats_random_search(axes: int) -> None:
     worst = [1.01, 90.0, 25.0][:axes]
     rows = [dict(zip(SPACE, row, strict=True)) for row in itertools.product(OPTIONS, repeat=SITES)]
     points = np.array([[error(p), cost(p), weight(p)][:axes] for p in rows])
-    best = hypervolume(points[non_dominated(points)], worst)
+    best = hypervolume(points, worst)
 
     def both(trial: optuna.Trial) -> list[float]:
         objective(trial)
@@ -814,7 +801,7 @@ def test_seventeen_sites_by_eleven_options() -> None:
             study.tell(trial, (1 - gain / 17, price(row)))
             assert len({tuple(t.params.values()) for t in study.trials}) == number + 1
         points = np.array([t.values for t in study.trials])
-        return hypervolume(points[non_dominated(points)], [1.3, 170.0])
+        return hypervolume(points, [1.3, 170.0])
 
     ours = run(FrontierSampler({1: price}, space=None))
     assert ours > 1.1 * run(optuna.samplers.RandomSampler(seed=0))

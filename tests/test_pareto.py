@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from nasattn.pareto import hypervolume, knee, non_dominated
+from nasattn.pareto import hypervolume, knee, non_dominated, undominated
 
 Points = list[list[float]]
 
@@ -29,7 +29,7 @@ def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])
 def test_non_dominated_by_definition(axes: int, grid: bool) -> None:
     rng = random.Random(axes)
-    for count in (1, 2, 3, 7, 40):
+    for count in (1, 2, 3, 7, 40, 150):
         points = random_points(rng, axes, count, grid=grid)
         expected = [not any(dominates(other, point) for other in points) for point in points]
         assert non_dominated(points).tolist() == expected
@@ -79,6 +79,34 @@ def test_hypervolume_by_inclusion_and_exclusion(axes: int) -> None:
         assert hypervolume(points, reference) == pytest.approx(expected, rel=1e-9, abs=1e-9)
         rng.shuffle(points)
         assert hypervolume(points, reference) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("grid", [True, False])
+@pytest.mark.parametrize("axes", [1, 2, 3, 4, 5])
+def test_what_no_point_dominates_lies_in_one_box_and_the_rest_in_none(
+    axes: int, grid: bool
+) -> None:
+    rng = random.Random(20 + axes)
+    for count in (0, 1, 2, 9, 30):
+        points = np.array(random_points(rng, axes, count, grid=grid)).reshape(count, axes)
+        reference = np.full(axes, 5.5)  # some points lie beyond it
+        edges, lower, upper = undominated(points, reference)
+        sides = [np.append(-np.inf, edge) for edge in edges]
+        for _ in range(60):
+            at = np.array([rng.uniform(-1, 5.5) for _ in range(axes)])
+            above = [side[low] <= x for side, low, x in zip(sides, lower.T, at, strict=True)]
+            below = [x < side[high] for side, high, x in zip(sides, upper.T, at, strict=True)]
+            boxes = np.count_nonzero(np.all([*above, *below], axis=0))
+            assert boxes == (not np.any(np.all(points <= at, axis=1)))
+
+
+def test_the_boxes_are_few() -> None:
+    """Lacour, Klamroth and Fonseca 2017: 2n + 1 on three axes, at most about n squared on four."""
+    rng = np.random.default_rng(0)
+    for axes, most in ((2, 41), (3, 81), (4, 1600)):
+        front = rng.dirichlet(np.ones(axes), size=40)
+        assert non_dominated(front).all()
+        assert len(undominated(front, [2.0] * axes)[1]) <= most
 
 
 def test_hypervolume_of_what_adds_nothing() -> None:

@@ -21,6 +21,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from nasattn.pareto import non_dominated
 from nasattn.search.frontier_space import (
     PROPOSAL,
     Draw,
@@ -42,7 +43,6 @@ from nasattn.search.surrogate import (
     Shortfall,
     Undominated,
     exactly,
-    non_dominated,
 )
 from nasattn.seed import derive
 
@@ -264,7 +264,7 @@ class _Model:
         self.signs = np.array(signs, dtype=np.float64)
         points = self.signs * np.array([values for _, values in rows.complete])
         codes = [row for row, _ in rows.complete]
-        best = non_dominated(points)
+        best = np.flatnonzero(non_dominated(points))
         kept = sorted({*best[-LEARNED:], *range(len(codes))[-LEARNED:]})
         self.members = [codes[i] for i in best]
         self._low = points[:, self.known].min(0)
@@ -281,7 +281,6 @@ class _Model:
             for i, process in zip(self.unknown, self.processes, strict=True):
                 believed[:, i] = process.believe(inputs)
             front = np.vstack([front, believed])
-            front = front[non_dominated(front)]
         self.front = front[:, [*self.known, *self.unknown]]
         self._drawn_costs = self._costs(space.drawn)
         costs = np.vstack([points[:, self.known], self._drawn_costs])

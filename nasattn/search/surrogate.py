@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.special import ndtr
 
+from nasattn.pareto import undominated
+
 Floats = NDArray[np.floating[Any]]
 FITTED = 200  # rows the linear stand-in is fitted to
 TUNED = 100  # rows the hyperparameters are chosen on
@@ -19,28 +21,12 @@ BOXED = 2_000_000  # boxes times candidates looked at together
 Shortfall = Callable[[Floats], Floats]  # thresholds (k,) -> expected max(0, t - value), (k, n)
 
 
-def non_dominated(points: Floats) -> NDArray[np.int64]:
-    """Indices of the non-dominated points, one of equal ones. Quick where the front is small."""
-    spread = np.ptp(points, axis=0)
-    left = np.argsort((points / np.where(spread > 0, spread, 1.0)).sum(axis=1), kind="stable")
-    front = []
-    while len(left):  # the least sum is dominated by none that is left
-        front.append(left[0])
-        left = left[np.any(points[left] < points[left[0]], axis=1)]
-    return np.array(sorted(front), dtype=np.int64)
-
-
 class Undominated:
-    """The volume below the reference (m,) that a front (k, m) does not dominate, cut into boxes."""
+    """The volume below the reference (m,) that a front (k, m) does not dominate."""
 
     def __init__(self, front: Floats, reference: Floats) -> None:
-        lower, upper = _boxes(front[np.all(front < reference, axis=1)], reference)
-        self.edges = [np.unique(column) for column in upper.T]
-        # By axis, each box's sides among its edges; before them all is the one at minus infinity.
-        self.sides = [
-            (np.searchsorted(edges, low, side="right"), np.searchsorted(edges, high) + 1)
-            for edges, low, high in zip(self.edges, lower.T, upper.T, strict=True)
-        ]
+        self.edges, lower, upper = undominated(front, reference)
+        self.sides = list(zip(lower.T, upper.T, strict=True))
 
     def growth(self, shortfalls: Sequence[Shortfall]) -> Floats:
         """How much of it each of n candidates is expected to take, exactly: (n,).
@@ -62,33 +48,6 @@ class Undominated:
                 shares = shares * side
             found += shares.sum(axis=0)
         return found
-
-
-def _boxes(front: Floats, reference: Floats) -> tuple[Floats, Floats]:
-    """The lower and the upper corners (b, m)."""
-    front = front[np.argsort(front[:, -1], kind="stable")]
-    if len(reference) <= 2:
-        heights = np.append(reference[0], np.minimum.accumulate(front[:, 0]))
-        if len(reference) == 1:
-            return np.full((1, 1), -np.inf), heights[-1:, None]
-        kept = heights[1:] < heights[:-1]  # the others are dominated
-        heights = np.append(reference[0], heights[1:][kept])
-        edges = np.append(front[kept, 1], reference[1])
-        lower = np.full((len(edges), 2), -np.inf)
-        lower[1:, 1] = edges[:-1]
-        return lower, np.column_stack([heights, edges])
-    slabs, last = [], -np.inf
-    for k, edge in enumerate([*front[:, -1].tolist(), reference[-1]]):
-        if edge > last:  # open to the members below it
-            open_to = front[:k, :-1]
-            if len(reference) > 3 and k:
-                open_to = open_to[non_dominated(open_to)]
-            corners = _boxes(open_to, reference[:-1])
-            sides = zip(corners, (last, edge), strict=True)
-            slabs.append([np.column_stack([c, np.full(len(c), side)]) for c, side in sides])
-            last = edge
-    lowers, uppers = zip(*slabs, strict=True)
-    return np.vstack(lowers), np.vstack(uppers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,14 +168,15 @@ def block_inputs(plain: Architecture) -> dict[str, Shape]:
     return {name: shapes[before] for before, name in zip(["stem", *names], names, strict=False)}
 
 
-def site_shapes(backbone: Backbone, input: tuple[int, int, int]) -> dict[str, Shape]:
+def site_shapes(backbone: Backbone, input: tuple[int, int, int]) -> Mapping[str, Shape]:
     """Site -> (1, C, H, W), counted on the meta device."""
     return _traced_sites(backbone, input)[0]
 
 
+@lru_cache(maxsize=64)
 def _traced_sites(
     backbone: Backbone, input: tuple[int, int, int]
-) -> tuple[dict[str, Shape], dict[str, str]]:
+) -> tuple[Mapping[str, Shape], Mapping[str, str]]:
     with torch.device("meta"):
         network = build_backbone(backbone, input[0], 1)
         names = network.sites()

@@ -20,7 +20,7 @@ from nasattn.record import Cost, Score, Trial
 from nasattn.search.display import Display
 from nasattn.search.loop import Search
 from nasattn.search.samplers import SAMPLERS
-from nasattn.search.stopping import PROBES, ParetoHalving
+from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving
 from nasattn.search.study import Study
 from nasattn.space import SearchSpace
 
@@ -119,7 +119,26 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
     assert not set(numbers(more)) & set(numbers(HALVING.survivors(1, trials + more)))
     told = "\n".join(HALVING.notes(trials))
     assert "first 32 trials" in told and "rung of 1 epochs" in told and "stops nobody" in told
-    assert "rung of 3 epochs: Kendall's tau 1.00: one in 3 goes on" in told
+    assert "rung of 3 epochs: Kendall's tau 1.00 (p 0.00): one in 3 goes on" in told
+
+
+def test_a_rung_that_ranks_by_chance_is_hardly_ever_trusted() -> None:
+    """By eight probes as rarely as chance may; an order that is real is trusted all the same."""
+    rng = random.Random(0)
+    ends = [0.3 + n / 100 for n in range(PROBES[0])]
+    found = 0
+    for _ in range(1000):
+        rung = rng.sample(ends, len(ends))
+        found += HALVING.trusts(0, [trial(n, 100, rung[n], e, e) for n, e in enumerate(ends)])
+    assert 0.25 * CHANCE < found / 1000 < 1.3 * CHANCE
+    assert HALVING.trusts(0, probed())
+    swapped = probed()
+    swapped[2], swapped[4] = (
+        trial(2, 100, 0.14, 0.24, 0.32),
+        trial(4, 100, 0.12, 0.22, 0.34),
+    )
+    assert HALVING.trusts(0, swapped), "tau .79"
+    assert HALVING.tau(0, [trial(n, 100, 0.1, 0.2, e) for n, e in enumerate(ends)]) == (-1.0, 1.0)
 
 
 def test_a_failed_probe_tells_nothing() -> None:
@@ -275,7 +294,7 @@ def test_a_trial_goes_on_when_all_slots_are_taken(
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_every_sampler_works_beside_stopped_trials(tmp_path: Path, sampler: str) -> None:
-    count = 16 if sampler == "gp" else 30
+    count = 24 if sampler == "gp" else 30
     study = searching(tmp_path, sampler=sampler).run(count)
     keys = [t.architecture.key for t in study.trials]
     assert len(set(keys)) == len(keys) == count

@@ -18,7 +18,9 @@ from nasattn.pareto import non_dominated
 from nasattn.record import Trial
 
 PROBES = (8, 16, 32)  # so many first trials are trained to the end: they tell what a rung is worth
-TRUSTED = 0.3  # Kendall's tau from a rung to the end from which on it is trusted
+# A rung is trusted by Kendall's tau from it to the end, if it is no less than this and chance alone
+# gives as much at most so often: of eight probes it gives .3 one time in six.
+TRUSTED, CHANCE = 0.3, 0.05
 BAND, BANDS = 12, 6  # trials that a band of cost needs, and the most bands there are
 
 
@@ -76,19 +78,26 @@ class ParetoHalving:
             first = [t for t in trials if t.number < count]
             if len(first) < count or not all(t.score or t.state == "failed" for t in first):
                 return count, None
-            trusted = [self.tau(k, first) >= TRUSTED for k in range(len(self.rungs) - 1)]
+            trusted = [self.trusts(k, first) for k in range(len(self.rungs) - 1)]
             if all(trusted):
                 break
         return count, trusted
 
-    def tau(self, level: int, trials: Sequence[Trial]) -> float:
-        """Kendall's rank correlation (tau-b) from a rung to the end, over the scored trials; below
-        every number where there is none."""
+    def trusts(self, level: int, trials: Sequence[Trial]) -> bool:
+        tau, chance = self.tau(level, trials)
+        return tau >= TRUSTED and chance <= CHANCE
+
+    def tau(self, level: int, trials: Sequence[Trial]) -> tuple[float, float]:
+        """Kendall's rank correlation (tau-b) from a rung to the end, over the scored trials, and
+        its p-value against none, one-sided; -1 and 1 where there is none."""
         from scipy.stats import kendalltau  # not at the top: half a second, for halving alone
 
         pairs = [(reached(t)[level], t.score.accuracy) for t in trials if t.score]
-        tau = float(kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else -1.0
-        return tau if tau == tau else -1.0
+        if len(pairs) < 3:
+            return -1.0, 1.0
+        found = kendalltau(*zip(*pairs, strict=True), alternative="greater")
+        tau, chance = float(found.statistic), float(found.pvalue)
+        return (tau, chance) if tau == tau else (-1.0, 1.0)
 
     def hopeless(self, some: Sequence[Trial], level: int, trials: Sequence[Trial]) -> set[int]:
         """The numbers of those to whom a scored trial that costs no more is superior even if they
@@ -123,9 +132,11 @@ class ParetoHalving:
         first = [t for t in trials if t.number < probes]
         told = [f"the first {probes} trials were trained to the end; rank correlation with it:"]
         for level, rung in enumerate(self.rungs[:-1]):
-            tau = self.tau(level, first)
+            tau, chance = self.tau(level, first)
             verdict = f"one in {self.eta:g} goes on" if trusted[level] else "it stops nobody"
-            told.append(f"  rung of {rung} epochs: Kendall's tau {tau:.2f}: {verdict}")
+            told.append(
+                f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.2f}): {verdict}"
+            )
         return told
 
     def _cost(self, trial: Trial) -> list[float]:

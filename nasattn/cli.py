@@ -295,13 +295,14 @@ def profile(
     from nasattn.cost.latency import LatencyRefused, Target
     from nasattn.cost.profile import profile as measure
     from nasattn.cost.profile import read_space
+    from nasattn.search.display import counting
     from nasattn.space import SearchSpace
 
     fields, named = read_space(experiment)
     path = out or named or experiment.parent / f"latency-{runtime}.yaml"
     target = Target(runtime=runtime, device=device, channels_last=channels_last)
     try:
-        with _counting("profile") as progress:
+        with counting("profile") as progress:
             table = measure(SearchSpace.of(fields), path, target, progress=progress)
     except LatencyRefused as error:
         print(f"nasattn: {error}", file=sys.stderr)
@@ -432,33 +433,6 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
         found = load_study(storage, name)
         found.frontier()  # reads all trials, which stay read
     return found
-
-
-@contextlib.contextmanager
-def _counting(text: str) -> "Iterator[Callable[[float, int, float], None]]":
-    """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
-    many are done, of how many, and the noise."""
-    from rich import progress
-    from rich.console import Console
-
-    console, told = Console(stderr=True), -1
-    columns = (
-        progress.TextColumn("{task.description}  {task.completed:.0f}/{task.total:.0f}"),
-        progress.BarColumn(),
-        progress.TextColumn("noise {task.fields[noise]:.0%}"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=None, noise=0.0)
-
-        def tell(done: float, total: int, noise: float) -> None:
-            nonlocal told
-            bar.update(task, completed=done, total=total, noise=noise)
-            if not console.is_terminal and int(10 * done / total) > told:
-                told = int(10 * done / total)
-                print(f"{text}  {done:.0f}/{total}  noise {noise:.0%}", file=sys.stderr)
-
-        yield tell
 
 
 def _json(value: Any) -> None:

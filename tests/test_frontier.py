@@ -23,8 +23,8 @@ from nasattn.search.frontier import LEARNED, START
 from nasattn.search.frontier_space import DRAWN, FEW, PROPOSAL, Space, Trials
 from nasattn.search.samplers import Exhausted, FrontierSampler
 from nasattn.search.surrogate import (
+    GaussianProcess,
     Inputs,
-    Process,
     Undominated,
     log_normal,
 )
@@ -176,10 +176,10 @@ def test_predictions_are_those_of_a_naive_process() -> None:
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 4, (40, 5)).tolist()
     costs, values = rng.random(40), rng.random(40) + 1.0
-    process = Process(inputs_of(rows[:30], costs[:30]), values[:30])
+    process = GaussianProcess(inputs_of(rows[:30], costs[:30]), values[:30])
 
     def kernel(i: int, j: int) -> float:
-        p, a, b = Process, rows[i], rows[j]
+        p, a, b = GaussianProcess, rows[i], rows[j]
         apart = math.sqrt(sum((a.count(v) - b.count(v)) ** 2 for v in range(4)) / 2) / 5
         shares = sum(a.count(v) / 5 * b.count(v) / 5 for v in range(4))
         parts = math.exp(-p.P * sum(x != y for x, y in zip(a, b, strict=True)) / 5)
@@ -208,12 +208,12 @@ def test_a_trend_goes_on_beyond_what_was_seen(monkeypatch: pytest.MonkeyPatch) -
 
     def above_floor() -> float:
         """Of the least value seen, so far above the floor."""
-        process = Process(inputs_of(rows, np.zeros(40)), values)
+        process = GaussianProcess(inputs_of(rows, np.zeros(40)), values)
         mean, _ = process._moments(inputs_of([[1] * 6], [0.0]))
         return math.exp(mean[0]) / (values.min() - process.floor)
 
     assert above_floor() < 0.1
-    monkeypatch.setattr(Process, "TREND", 0.0)
+    monkeypatch.setattr(GaussianProcess, "TREND", 0.0)
     assert above_floor() > 0.5
 
 
@@ -353,12 +353,12 @@ def test_a_long_study_is_learned_in_part_and_nothing_of_it_repeated(
     )
     learned = []
 
-    class Counted(Process):
+    class Counted(GaussianProcess):
         def __init__(self, inputs: Any, values: Any) -> None:
             learned.append(len(values))
             super().__init__(inputs, values)
 
-    monkeypatch.setattr(frontier, "Process", Counted)
+    monkeypatch.setattr(frontier, "GaussianProcess", Counted)
     proposed = study.ask(wide).params
     assert LEARNED <= learned[0] <= 2 * LEARNED
     assert proposed not in drawn

@@ -1,5 +1,6 @@
 """What a person sees while a search runs: a live panel on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,31 @@ def progress(console: Console, text: str) -> Iterator[Callable[[float, float | N
             bar.update(task, completed=share, last=last)
 
         yield tick
+
+
+@contextmanager
+def counting(text: str) -> Iterator[Callable[[float, int, float], None]]:
+    """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
+    many are done, of how many, and the noise."""
+    console, told = Console(stderr=True), -1
+    with Progress(
+        TextColumn("{task.description}  {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("noise {task.fields[noise]:.0%}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(text, total=None, noise=0.0)
+
+        def tell(done: float, total: int, noise: float) -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=total, noise=noise)
+            if not console.is_terminal and int(10 * done / total) > told:
+                told = int(10 * done / total)
+                print(f"{text}  {done:.0f}/{total}  noise {noise:.0%}", file=sys.stderr)
+
+        yield tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

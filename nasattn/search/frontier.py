@@ -38,8 +38,8 @@ from nasattn.search.frontier_space import (
 )
 from nasattn.search.surrogate import (
     Floats,
+    GaussianProcess,
     Inputs,
-    Process,
     Shortfall,
     Undominated,
     exactly,
@@ -271,7 +271,7 @@ class _Model:
         self._range = np.ptp(points[:, self.known], axis=0)
         self._range[self._range == 0] = 1.0
         inputs = self._inputs([codes[i] for i in kept], points[kept][:, self.known])
-        self.processes = [Process(inputs, points[kept, i]) for i in self.unknown]
+        self.processes = [GaussianProcess(inputs, points[kept, i]) for i in self.unknown]
         front = points[best]
         if pending := space.prices(rows.running):
             costs = self._costs(pending)

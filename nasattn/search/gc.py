@@ -17,7 +17,7 @@ from nasattn.search.lease import Leases
 from nasattn.search.study import Study
 
 GB = 1e9
-BACKBONE = "backbone.safetensors"
+BACKBONE_FILE = "backbone.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def _judged(
             kept = busy
             why = "a worker may be at it" if busy else "an upload that was broken off"
         else:
-            kept = path.suffix == ".safetensors" or study.folder / BACKBONE not in sizes
+            kept = path.suffix == ".safetensors" or study.folder / BACKBONE_FILE not in sizes
             why = "the plain backbone" if kept else "the plain backbone is trained"
         yield kept, Item(path=path, bytes=here + shared, shared=shared, why=why, value=value)
 

@@ -77,7 +77,7 @@ def _squared(a: Floats, b: Floats) -> Floats:
     return np.asarray(np.maximum(apart, 0.0))
 
 
-class Process:
+class GaussianProcess:
     """A Gaussian process of log(value - floor) over parameters and their known costs.
 
     Its kernel has four parts: exp(-P * share of parameters that differ); exp(-P * distance of how
@@ -156,23 +156,23 @@ class Process:
 def _trend(products: Floats, parameters: int) -> Floats:
     """By the scalar products of the counts."""
     shares = products / np.float32(parameters**2)
-    return np.asarray(Process.TREND * (shares + shares**2))
+    return np.asarray(GaussianProcess.TREND * (shares + shares**2))
 
 
 def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
     """What the kernel makes of the parameters and of the costs: (n, k) each."""
-    p, n = Process.P, these.parameters
+    p, n = GaussianProcess.P, these.parameters
     apart = np.sqrt(_squared(these.counts, those.counts))
     near = np.exp(these.options @ (those.options.T * np.float32(p / n)) - p)
     near += np.exp(apart * np.float32(-p / n / math.sqrt(2)))
     near += _trend(these.counts @ those.counts.T, n)
     costs = _squared(these.costs, those.costs)
-    return near, np.exp(costs * np.float32(-0.5 / Process.WIDTH**2))
+    return near, np.exp(costs * np.float32(-0.5 / GaussianProcess.WIDTH**2))
 
 
 def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:
     """Both in one scale."""
-    return np.asarray((near[0] + a * near[1]) / (2 + a + Process.TREND))
+    return np.asarray((near[0] + a * near[1]) / (2 + a + GaussianProcess.TREND))
 
 
 def log_normal(mean: Floats, std: Floats, floor: float) -> Shortfall:

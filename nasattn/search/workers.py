@@ -20,7 +20,7 @@ from nasattn.search.watch import Follower
 
 LOOK = 0.5  # seconds between two looks at the processes and the database
 FAREWELL = 60.0  # seconds for a clean end before a process is killed
-MOST_DEATHS = 10  # workers killed in a row with nothing finished meanwhile
+MOST_IN_A_ROW = 10  # workers killed in a row with nothing finished meanwhile
 REST = 5.0  # seconds in which the workers of a complete study end by themselves
 
 
@@ -59,7 +59,7 @@ class Crew:
                 self._deaths = 1 + (self._deaths if done == self._finished else 0)
                 self._finished = done
                 self.last_words = f"worker {index} ({process.where}) was killed by signal {-code}"
-                if self._deaths < MOST_DEATHS:
+                if self._deaths < MOST_IN_A_ROW:
                     self.last_words += self._replace(index)
                 self.note(self.last_words)
                 if index in self.processes:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, Se
 from nasattn.architecture import Architecture, Placement
 from nasattn.config import CuedDigits, Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
+from nasattn.errors import Stopped, TrialFailed
 from nasattn.evaluate import checkpoint
 from nasattn.evaluate.candidate import Evaluator, Weights
 from nasattn.evaluate.rate import rate
@@ -229,6 +231,30 @@ def test_what_is_random_outside_is_left_alone(data: Data, tmp_path: Path) -> Non
     checkpoint.seed_generators(3)
     fit(network, data, schedule, seed=1, where=TrainerFile())
     assert draw() == expected
+
+
+class Unreadable:
+    """A split whose images cannot be read any more."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitems__(self, indices: Any) -> Any:
+        raise self.error from OSError("TrialFailed: not this")
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+@pytest.mark.parametrize("kind", [TrialFailed, Stopped])
+def test_what_a_loader_says_is_told_alone(
+    data: Data, tmp_path: Path, kind: type[Exception], loaders: int
+) -> None:
+    split = Unreadable(kind("images/a/7.png could be read before, now it cannot"))
+    with pytest.raises(kind) as told:
+        evaluator(replace(data, train=split, loaders=loaders), tmp_path).prepare(quiet)
+    assert str(told.value) == "images/a/7.png could be read before, now it cannot"
 
 
 def test_inserted_blocks_learn_at_their_own_rate(data: Data) -> None:

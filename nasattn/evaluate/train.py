@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
-from nasattn.errors import TrialFailed
+from nasattn.errors import Stopped, TrialFailed
 from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import (
     Checkpoints,
@@ -327,6 +327,10 @@ def _training(where: TrainerFile) -> Iterator[None]:
     except SystemExit:
         # Lightning turns Ctrl-C into an exit; a search wants to end in its own way.
         raise KeyboardInterrupt from None
+    except (TrialFailed, Stopped) as error:
+        # From a loader's process it comes with the traceback there, whose last line says it.
+        name = type(error).__name__
+        raise type(error)(str(error).rpartition(f"{name}: ")[2].strip()) from error
     except MemoryError:
         raise TrialFailed("out of memory") from None
     except RuntimeError as error:

@@ -1,7 +1,8 @@
 """The files of a study, for whoever writes and reads them: on this disk, and perhaps elsewhere."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryFile
@@ -58,13 +59,30 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"nothing can be written in {folder}: {error.strerror}") from None
 
 
+@contextmanager
+def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A draft to be written, which then takes the file's place: the file is whole or as it was.
+
+    shared: others may write the same file at once, so that the draft has a name of its own, and one
+    whose writer is killed stays. Else the next one overwrites it.
+    """
+    own = f".{get_native_id()}" if shared else ""
+    draft = path.with_name(f".{path.name}{own}.draft")
+    try:
+        yield draft
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     make_folder(path.parent)
-    draft = path.with_name(f".{path.name}.{get_native_id()}")
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        with whole(path, shared=True) as draft:
+            draft.write_text(text, encoding="utf-8")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

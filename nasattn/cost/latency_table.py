@@ -18,6 +18,7 @@ from nasattn.cost.calibration import Calibration, Network, calibrate
 from nasattn.cost.latency import Latency
 from nasattn.document import Strict, check, dump_yaml, load_yaml
 from nasattn.errors import UserError
+from nasattn.files import whole
 from nasattn.skeleton import LEFT_OUT, SUFFIX, Skeleton
 
 Entry = tuple[str, str]  # a parameter of the space and one of its labels
@@ -70,10 +71,9 @@ class LatencyTable(Strict):
     def save(self, path: str | Path) -> None:
         path = Path(path)
         text = dump_yaml(self.model_dump(), width=1000)
-        draft = path.with_name(f".{path.name}.draft")
         try:
-            draft.write_text(HEADER + text, encoding="utf-8")
-            draft.replace(path)
+            with whole(path) as draft:
+                draft.write_text(HEADER + text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -17,7 +17,7 @@ from nasattn.config import Experiment, Schedule
 from nasattn.data import Data, load
 from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import Checkpoints
-from nasattn.files import Files
+from nasattn.files import Files, whole
 from nasattn.model import build, load_backbone
 from nasattn.record import Score
 from nasattn.seed import derive
@@ -293,6 +293,5 @@ def _part(tick: Tick, done: int, repeats: int, share: float, accuracy: float | N
 def store(path: Path, weights: Weights, facts: Mapping[str, str] | None = None) -> None:
     """Write weights as safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    save_file(dict(weights), draft, metadata=dict(facts or {}))
-    draft.replace(path)
+    with whole(path) as draft:
+        save_file(dict(weights), draft, metadata=dict(facts or {}))

@@ -8,7 +8,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nasattn.files import Files
+from nasattn.files import Files, whole
 
 FORMAT = 1
 Point = Mapping[str, float]  # accuracies on the validation split: accuracy, top5
@@ -100,15 +100,12 @@ class Checkpoints:
         """A failure, such as a full disk, is noted: the training itself does not need the file."""
         text = json.dumps({"belongs": self._belongs(), "facts": state.facts()})
         path = self._path(name)
-        draft = path.with_name(f".{path.name}.draft")
+        metadata = {"state": text, "checksum": _checksum(state.tensors, text)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            metadata = {"state": text, "checksum": _checksum(state.tensors, text)}
-            draft.write_bytes(save(dict(state.tensors), metadata))
-            draft.replace(path)
+            with whole(path) as draft:
+                draft.write_bytes(save(dict(state.tensors), metadata))
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
             self.note(f"{path}: this checkpoint cannot be written: {error}")
         else:
             self.files.publish(path)

@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nasattn.errors import UserError
+from nasattn.files import whole
 
 # Okabe and Ito's colours, which people with any common colour vision tell apart; shapes differ too.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -76,11 +77,10 @@ def wrapped(paragraphs: Sequence[str], width: float) -> list[str]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a picture whole or not at all, without the time of day."""
-    draft = path.with_name(f".{path.name}.draft")
     metadata: Mapping[str, str | None] = {"Date": None} if path.suffix == ".svg" else {}
     try:
-        figure.savefig(draft, format=path.suffix[1:], dpi=200, metadata=dict(metadata))
-        draft.replace(path)
+        with whole(path) as draft:
+            figure.savefig(draft, format=path.suffix[1:], dpi=200, metadata=dict(metadata))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return path

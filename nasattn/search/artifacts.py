@@ -7,7 +7,6 @@ first byte until it is gone, and the row has the file's path only while the obje
 
 import hashlib
 import io
-import os
 import random
 import uuid
 import warnings
@@ -38,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from nasattn.errors import UserError
-from nasattn.files import Files, make_folder
+from nasattn.files import Files, make_folder, whole
 from nasattn.search.lease import create_table
 from nasattn.search.outage import StoreAway, cause, full, patiently
 from nasattn.search.study import Study
@@ -337,7 +336,5 @@ def _came_of(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all; other processes of this machine may write the same file."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    draft.write_bytes(content)
-    draft.replace(path)
+    with whole(path, shared=True) as draft:  # other processes of this machine may write it too
+        draft.write_bytes(content)

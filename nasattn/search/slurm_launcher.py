@@ -12,6 +12,7 @@ from typing import Any
 
 from nasattn.config import TrainerFile
 from nasattn.errors import Stopped, UserError, lookup
+from nasattn.files import whole
 from nasattn.search.launchers import spawn
 
 MINUTES = 240  # that a job may take, where `time` is not given
@@ -169,9 +170,8 @@ def run_job(command: list[str], needs: list[str], threads: int, log: Path, ended
                     passed = True
                 time.sleep(0.1)
             code = -told[0] if told and found else found
-    draft = ended.with_suffix(".draft")
-    draft.write_text(str(code))
-    draft.replace(ended)
+    with whole(ended) as draft:
+        draft.write_text(str(code))
 
 
 @contextmanager

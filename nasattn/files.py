@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryFile
-from threading import get_native_id
+from uuid import uuid4
 
 from nasattn.errors import UserError
 
@@ -64,9 +64,9 @@ def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A draft to be written, which then takes the file's place: the file is whole or as it was.
 
     shared: others may write the same file at once, so that the draft has a name of its own, and one
-    whose writer is killed stays. Else the next one overwrites it.
+    whose writer is killed stays. Else there is one writer, and its next draft overwrites the last.
     """
-    own = f".{get_native_id()}" if shared else ""
+    own = f".{uuid4().hex}" if shared else ""
     draft = path.with_name(f".{path.name}{own}.draft")
     try:
         yield draft

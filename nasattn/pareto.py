@@ -36,7 +36,7 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     while len(left):  # the first in order, axis by axis, is dominated by none that is left
         mask[left[0]] = True
         left = left[np.any(different[left] < different[left[0]], axis=1)]
-    return np.asarray(mask[places])
+    return np.asarray(mask[places.reshape(-1)])  # numpy 2.0 gives it a second axis
 
 
 def undominated(
@@ -57,11 +57,13 @@ def undominated(
     edges = [np.append(np.sort(column), end) for column, end in zip(array.T, limit, strict=True)]
     # Places differ where coordinates are equal, which leaves some boxes without a volume.
     places = np.argsort(np.argsort(array, axis=0, kind="stable"), axis=0) + 1
+    if axes == 2:
+        return edges, *_stairs(places[np.argsort(places[:, 0])], count + 1)
     # What no point dominates is below the upper corner of a zone; zones overlap. bounds[z, k] is
     # the point that bounds zone z on axis k: what it is there is upper[z, k], and zero here.
     upper = np.full((1, axes), count + 1)
     bounds = np.zeros((1, axes, axes), dtype=np.int64)
-    for point in places[np.argsort(places[:, 0])]:  # in this order none dominates an earlier one
+    for point in places[np.argsort(places[:, 0])]:  # so that a dominated one is in no zone any more
         inside = np.all(point < upper, axis=1)
         zone, axis = np.nonzero(point > bounds[inside].max(axis=1))
         each = np.arange(len(zone))
@@ -77,8 +79,18 @@ def undominated(
     return edges, lower, upper
 
 
+def _stairs(places: NDArray[np.int64], end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The corners of `undominated` on two axes, by places in the order of the first axis."""
+    heights = np.minimum.accumulate(np.append(end, places[:, 1]))
+    steps = places[heights[1:] < heights[:-1]]
+    right, top = np.append(steps[:, 0], end), np.append(end, steps[:, 1])
+    lower = np.column_stack([np.zeros_like(right), np.append(steps[:, 1], 0)])
+    return lower, np.column_stack([right, top])
+
+
 def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
-    """Volume that the points dominate inside the box below the reference, exactly.
+    """Volume that the points dominate inside the box below the reference: the box above their
+    ideal point less what they leave open in it, so to rounding of the box.
 
     Points that are not better than the reference everywhere add nothing.
     """
@@ -97,7 +109,7 @@ def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
     for least, edge, low, high in zip(ideal, edges, lower.T, upper.T, strict=True):
         values = np.append(least, edge)
         outside *= values[high] - values[low]
-    return float(np.prod(limit - ideal) - outside.sum())
+    return max(0.0, float(np.prod(limit - ideal) - outside.sum()))
 
 
 def knee(points: ArrayLike) -> int:

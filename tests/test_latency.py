@@ -14,11 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from scipy.stats import kendalltau
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -27,7 +25,7 @@ from nasattn.blocks import BLOCKS
 from nasattn.cli import app
 from nasattn.config import SpaceFile
 from nasattn.cost import count
-from nasattn.cost.calibration import Calibration, Network, _kendall_tau, calibrate
+from nasattn.cost.calibration import Calibration, Network, calibrate
 from nasattn.cost.latency import (
     PACKAGES,
     RUNTIMES,
@@ -628,15 +626,6 @@ def test_a_line_that_falls_is_refused() -> None:
     falling = [network(x, 0.1 - x, fit=x < 0.05) for x in (0.02, 0.03, 0.04, 0.05, 0.06)]
     with pytest.raises(LatencyRefused, match=r"b = -1"):
         calibrate(0.05, falling)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_kendall_tau_is_that_of_scipy(seed: int) -> None:
-    rng = random.Random(seed)
-    x, y = (np.array([rng.randint(0, 9) for _ in range(12)], float) for _ in range(2))
-    assert _kendall_tau(x, y) == pytest.approx(kendalltau(x, y).statistic)
-    assert _kendall_tau(x, x) == pytest.approx(1.0)
-    assert _kendall_tau(np.ones(3), np.ones(3)) == 0.0
 
 
 # The command.

@@ -92,6 +92,8 @@ def test_what_no_point_dominates_lies_in_one_box_and_the_rest_in_none(
         reference = np.full(axes, 5.5)  # some points lie beyond it
         edges, lower, upper = undominated(points, reference)
         sides = [np.append(-np.inf, edge) for edge in edges]
+        for side, low, high in zip(sides, lower.T, upper.T, strict=True):
+            assert np.all(side[low] <= side[high])
         for _ in range(60):
             at = np.array([rng.uniform(-1, 5.5) for _ in range(axes)])
             above = [side[low] <= x for side, low, x in zip(sides, lower.T, at, strict=True)]

@@ -1,15 +1,18 @@
 """Halving: who goes on, by hand and on a table of real learning curves."""
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
 from rich.console import Console
+from scipy.stats import kendalltau
 from test_workers import forked, kill_at
 
 from nasattn.architecture import Architecture, Placement
@@ -23,6 +26,7 @@ from nasattn.search.samplers import SAMPLERS
 from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving
 from nasattn.search.study import Study
 from nasattn.space import SearchSpace
+from nasattn.uncertainty import kendall
 
 FOLDER = ROOT / "experiments/005_halving"
 TABLE = FOLDER / "curves.csv"
@@ -119,7 +123,34 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
     assert not set(numbers(more)) & set(numbers(HALVING.survivors(1, trials + more)))
     told = "\n".join(HALVING.notes(trials))
     assert "first 32 trials" in told and "rung of 1 epochs" in told and "stops nobody" in told
-    assert "rung of 3 epochs: Kendall's tau 1.00 (p 0.00): one in 3 goes on" in told
+    assert "rung of 3 epochs: Kendall's tau 1.00 (p 0.000): one in 3 goes on" in told
+
+
+@pytest.mark.parametrize("levels", [2, 4, 1000])
+def test_kendall_is_that_of_scipy_and_of_all_orders(levels: int) -> None:
+    """The probability is that of all orders to .01; where values tie, none is called rare that is
+    not."""
+    rng, rare = np.random.default_rng(levels), 0
+    for count in (4, 5, *[6] * 30):
+        x, y = np.sort(rng.integers(0, levels, count)), rng.integers(0, levels, count)
+        y = np.where(rng.random(count) < 0.8, np.sort(y), y)  # often much alike
+        tau, chance = kendall(x, y)
+        if tau:
+            assert tau == pytest.approx(kendalltau(x, y).statistic)
+        agreed = [kendall(x, order)[0] for order in itertools.permutations(y)]
+        exact = np.mean(np.array(agreed) >= tau - 1e-9)
+        assert exact <= 0.055 or chance > CHANCE
+        assert levels < 1000 or chance == pytest.approx(exact, abs=0.015)
+        rare += exact < 0.06
+    assert rare
+    assert kendall([0.1] * 5, range(5)) == kendall([0.1], [0.2]) == (0.0, 1.0)
+
+
+def test_one_training_that_did_not_collapse_ranks_nothing() -> None:
+    ends = [0.1] * 7 + [0.6]
+    trials = [trial(n, 100, e, e, e) for n, e in enumerate(ends)]
+    assert HALVING.tau(0, trials)[0] == pytest.approx(1.0) and not HALVING.trusts(0, trials)
+    assert HALVING.tau(0, trials[:1]) == HALVING.tau(0, []) == (0.0, 1.0)
 
 
 def test_a_rung_that_ranks_by_chance_is_hardly_ever_trusted() -> None:
@@ -138,7 +169,7 @@ def test_a_rung_that_ranks_by_chance_is_hardly_ever_trusted() -> None:
         trial(4, 100, 0.12, 0.22, 0.34),
     )
     assert HALVING.trusts(0, swapped), "tau .79"
-    assert HALVING.tau(0, [trial(n, 100, 0.1, 0.2, e) for n, e in enumerate(ends)]) == (-1.0, 1.0)
+    assert HALVING.tau(0, [trial(n, 100, 0.1, 0.2, e) for n, e in enumerate(ends)]) == (0.0, 1.0)
 
 
 def test_a_failed_probe_tells_nothing() -> None:

@@ -325,7 +325,7 @@ def many(costs: int = 3, trials: int = 200) -> None:
         times.append(time.process_time() - began)
         error, _ = benches[0].measured(trial.params)
         study.tell(trial, [error, *(cost(trial.params) for cost in known.values())])
-        if number in (50, 100, 200):
+        if number in AT:
             print(
                 f"{costs} known costs, {number} trials, {len(study.best_trials)} on the frontier: "
                 f"{1000 * statistics.median(times[-10:]):.0f} ms a proposal",

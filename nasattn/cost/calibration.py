@@ -7,6 +7,7 @@ import numpy as np
 
 from nasattn.cost.latency import Floats, Latency, LatencyRefused
 from nasattn.document import Strict
+from nasattn.uncertainty import kendall
 
 
 class Network(Latency):
@@ -65,7 +66,7 @@ def calibrate(plain: float, networks: Sequence[Network]) -> Calibration:
         mape=round(float(np.mean(errors / truth)), 6),
         within_5=round(float(np.mean(errors <= 0.05 * truth)), 4),
         within_10=round(float(np.mean(errors <= 0.10 * truth)), 4),
-        kendall_tau=round(_kendall_tau(predicted, truth), 4),
+        kendall_tau=round(kendall(predicted, truth)[0], 4),
         noise=round(1.645 * float(np.sqrt(np.mean(errors**2))), 9),
         n_fit=len(fitted),
         n_held_out=len(held_out),
@@ -83,10 +84,3 @@ def _robust_line(x: Floats, y: Floats) -> tuple[float, float]:
         weights = np.where(off <= limit, 1.0, limit / np.maximum(off, 1e-300))
         b, a = np.polyfit(x, y, 1, w=np.sqrt(weights))
     return float(a), float(b)
-
-
-def _kendall_tau(x: Floats, y: Floats) -> float:
-    """tau-b: of all pairs, ordered alike less ordered unlike; ties are taken out of the divisor."""
-    dx, dy = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
-    pairs = np.sqrt(np.sum(dx**2) * np.sum(dy**2))
-    return float(np.sum(dx * dy) / pairs) if pairs else 0.0

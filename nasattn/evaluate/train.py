@@ -7,6 +7,7 @@ there is no other way than the one that is tested, every leg of it starts from a
 
 import gc
 import logging
+import re
 import time
 import warnings
 from collections import ChainMap
@@ -328,14 +329,14 @@ def _training(where: TrainerFile) -> Iterator[None]:
         # Lightning turns Ctrl-C into an exit; a search wants to end in its own way.
         raise KeyboardInterrupt from None
     except (TrialFailed, Stopped) as error:
-        # From a loader's process it comes with the traceback there, whose last line says it.
-        name = type(error).__name__
-        raise type(error)(str(error).rpartition(f"{name}: ")[2].strip()) from error
+        if (said := _said(error)) == str(error):
+            raise
+        raise type(error)(said) from error
     except MemoryError:
         raise TrialFailed("out of memory") from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise TrialFailed(f"out of memory: {str(error).splitlines()[0]}") from None
+            raise TrialFailed(f"out of memory: {_said(error).splitlines()[0]}") from None
         raise
     finally:
         torch.set_num_threads(threads)
@@ -346,3 +347,12 @@ def _training(where: TrainerFile) -> Iterator[None]:
             gc.unfreeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _said(error: Exception) -> str:
+    """The words of an error. From a loader's process it comes with the traceback there, which ends
+    with its type and them."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].rstrip()

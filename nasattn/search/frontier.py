@@ -265,6 +265,8 @@ class _Model:
         points = self.signs * np.array([values for _, values in rows.complete])
         codes = [row for row, _ in rows.complete]
         best = np.flatnonzero(non_dominated(points))
+        _, first = np.unique(points[best], axis=0, return_index=True)  # one of equal ones
+        best = best[np.sort(first)]
         kept = sorted({*best[-LEARNED:], *range(len(codes))[-LEARNED:]})
         self.members = [codes[i] for i in best]
         self._low = points[:, self.known].min(0)

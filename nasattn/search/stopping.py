@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from nasattn.config import Experiment
 from nasattn.pareto import non_dominated
 from nasattn.record import Trial
+from nasattn.uncertainty import kendall
 
 PROBES = (8, 16, 32)  # so many first trials are trained to the end: they tell what a rung is worth
 # A rung is trusted by Kendall's tau from it to the end, if it is no less than this and chance alone
-# gives as much at most so often: of eight probes it gives .3 one time in six.
+# gives as much at most so often, each time that it is asked: by eight probes .3 one time in seven.
 TRUSTED, CHANCE = 0.3, 0.05
 BAND, BANDS = 12, 6  # trials that a band of cost needs, and the most bands there are
 
@@ -88,16 +89,10 @@ class ParetoHalving:
         return tau >= TRUSTED and chance <= CHANCE
 
     def tau(self, level: int, trials: Sequence[Trial]) -> tuple[float, float]:
-        """Kendall's rank correlation (tau-b) from a rung to the end, over the scored trials, and
-        its p-value against none, one-sided; -1 and 1 where there is none."""
-        from scipy.stats import kendalltau  # not at the top: half a second, for halving alone
-
+        """Kendall's rank correlation from a rung to the end, over the scored trials, and how likely
+        chance alone ranks as well."""
         pairs = [(reached(t)[level], t.score.accuracy) for t in trials if t.score]
-        if len(pairs) < 3:
-            return -1.0, 1.0
-        found = kendalltau(*zip(*pairs, strict=True), alternative="greater")
-        tau, chance = float(found.statistic), float(found.pvalue)
-        return (tau, chance) if tau == tau else (-1.0, 1.0)
+        return kendall(*zip(*pairs, strict=True)) if pairs else (0.0, 1.0)
 
     def hopeless(self, some: Sequence[Trial], level: int, trials: Sequence[Trial]) -> set[int]:
         """The numbers of those to whom a scored trial that costs no more is superior even if they
@@ -135,7 +130,7 @@ class ParetoHalving:
             tau, chance = self.tau(level, first)
             verdict = f"one in {self.eta:g} goes on" if trusted[level] else "it stops nobody"
             told.append(
-                f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.2f}): {verdict}"
+                f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): {verdict}"
             )
         return told
 

@@ -1,4 +1,5 @@
-"""What a few seeds tell: means with intervals, and how sure a frontier is. No torch."""
+"""What a few seeds or pairs tell: means with intervals, how sure a frontier is, whether two orders
+agree. No torch."""
 
 import math
 from collections.abc import Sequence

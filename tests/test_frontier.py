@@ -584,6 +584,21 @@ def test_many_rows_are_drawn_only_where_each_is_cheap() -> None:
     assert len(asked) == 1, "it knows nothing of what is fixed"
 
 
+def test_of_equal_members_of_the_frontier_one_is_changed() -> None:
+    """Else copies would crowd out the others, and be learned from in their place."""
+    sampler = FrontierSampler({1: cost})
+    study = study_of(sampler)
+    rows = [
+        dict.fromkeys(SPACE, "none"),
+        *(dict.fromkeys(SPACE, "small") | {"site0": o} for o in OPTIONS),
+    ]
+    for params, values in zip(rows, [(2.0, 0.0), *[(1.0, 1.0)] * 3, (3.0, 1.0)], strict=True):
+        study.add_trial(create_trial(params=params, distributions=SPACE, values=values))
+    space = sampler._space(dict.fromkeys(SPACE, OPTIONS), random.Random(0), {})
+    model = frontier._Model(sampler, space, Trials.of(study, study.ask(SPACE), space), [1, 1])
+    assert [space.params(row) for row in model.members] == rows[:2]
+
+
 def test_errors_beyond_all_measure_leave_scores_that_compare() -> None:
     sampler = FrontierSampler({1: cost})
     study = study_of(sampler)

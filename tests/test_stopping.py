@@ -143,6 +143,9 @@ def test_kendall_is_that_of_scipy_and_of_all_orders(levels: int) -> None:
         assert levels < 1000 or chance == pytest.approx(exact, abs=0.015)
         rare += exact < 0.06
     assert rare
+    ten = rng.integers(0, 10, (2, 12))
+    assert kendall(*ten)[0] == pytest.approx(kendalltau(*ten).statistic)
+    assert kendall(ten[0], ten[0])[0] == pytest.approx(1.0)
     assert kendall([0.1] * 5, range(5)) == kendall([0.1], [0.2]) == (0.0, 1.0)
 
 

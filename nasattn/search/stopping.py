@@ -85,6 +85,7 @@ class ParetoHalving:
         return count, trusted
 
     def trusts(self, level: int, trials: Sequence[Trial]) -> bool:
+        """Whether the scored trials show that a rung ranks as the end does."""
         tau, chance = self.tau(level, trials)
         return tau >= TRUSTED and chance <= CHANCE
 

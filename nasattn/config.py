@@ -239,9 +239,9 @@ class Training(Schedule):
 class Search(Strict):
     """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted.
 
-    stopping: pareto_halving trains every candidate to the first rung and the better ones on. rungs:
-    their epochs, the last those of the whole training (default: those over eta, eta squared and so
-    on, rounded, down to one epoch).
+    stopping: pareto_halving trains every candidate to the first rung and one in eta on; when no new
+    one is to come, one in its square root. rungs: their epochs, the last those of the whole
+    training (default: those over eta, eta squared and so on, rounded, down to one epoch).
     """
 
     sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
@@ -250,7 +250,7 @@ class Search(Strict):
     workers: Positive = 1
     population: Annotated[Int, Field(ge=2)] | None = None
     stopping: Literal["none", "pareto_halving"] = "none"
-    eta: Annotated[Float, Field(gt=1)] = 3.0
+    eta: Annotated[Float, Field(gt=1)] = 4.0
     rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=2)] | None = (
         None
     )

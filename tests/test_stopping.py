@@ -74,9 +74,13 @@ def numbers(trials: Sequence[Trial]) -> list[int]:
     return [t.number for t in trials]
 
 
+def survivors(level: int, trials: Sequence[Trial], *, all_begun: bool = False) -> list[int]:
+    return numbers(HALVING.survivors(level, trials, all_begun=all_begun))
+
+
 def test_the_probes_go_on_whatever_they_show() -> None:
     trials = [*probed(5), trial(5, 100, 0.01, state="running")]
-    assert HALVING.goes_on(trials[5], trials)
+    assert HALVING.goes_on(trials[5], trials, all_begun=False)
     assert HALVING.probes(trials) == (PROBES[0], None)
     assert HALVING.notes(trials) == []
 
@@ -85,13 +89,28 @@ def test_one_in_eta_goes_on_and_equals_share_a_rank() -> None:
     first = probed()
     better = [trial(8 + i, 100, 0.3 + i / 100) for i in range(4)]
     # Twelve have come to the rung: four go on.
-    assert numbers(HALVING.survivors(0, first + better))[-4:] == [11, 10, 9, 8]
+    assert survivors(0, first + better)[-4:] == [11, 10, 9, 8]
     same = [trial(8 + i, 100, 0.3) for i in range(4)]
-    assert numbers(HALVING.survivors(0, first + same)) == [*range(8), 8, 9, 10, 11]
+    assert survivors(0, first + same) == [*range(8), 8, 9, 10, 11]
     # Seven equals take the ranks 0 to 6, so 3 each: fewer than 15 / 3 go before each of them.
-    assert len(HALVING.survivors(0, first + [trial(8 + i, 100, 0.3) for i in range(7)])) == 15
+    assert len(survivors(0, first + [trial(8 + i, 100, 0.3) for i in range(7)])) == 15
     # Eleven of nineteen share rank 5, and 19 / 3 is more; the twelve of twenty share 5.5.
-    assert len(HALVING.survivors(0, first + [trial(8 + i, 100, 0.01) for i in range(12)])) == 8
+    assert len(survivors(0, first + [trial(8 + i, 100, 0.01) for i in range(12)])) == 8
+
+
+def test_in_the_end_more_go_on_down_to_one_in_the_root_of_eta() -> None:
+    """Nobody who goes on while new ones come is stopped then."""
+    first = probed()
+    more = [trial(8 + i, 100, 0.3 + i / 100) for i in range(16)]
+    assert survivors(0, first + more)[8:] == [*range(23, 15, -1)], "24 / 3"
+    assert survivors(0, first + more, all_begun=True)[8:] == [*range(23, 9, -1)], "24 / 1.73"
+    trials = [*first, *more]
+    trials[16:] = [replace(t, state="running") for t in trials[16:]]
+    assert HALVING.promotable(trials, all_begun=False) is None
+    assert HALVING.promotable(trials, all_begun=True) == trials[15]
+    trials[12] = replace(trials[12], state="running")
+    assert not HALVING.goes_on(trials[12], trials, all_begun=False)
+    assert HALVING.goes_on(trials[12], trials, all_begun=True)
 
 
 def test_the_cheapest_do_not_survive_for_being_cheap() -> None:
@@ -99,13 +118,14 @@ def test_the_cheapest_do_not_survive_for_being_cheap() -> None:
     first = probed()
     cheap = [trial(8 + i, 10 + i, 0.2 + i / 1000 + (i == 15) / 10) for i in range(20)]
     dear = [trial(28 + i, 200 + i, 0.21 + i / 1000 + (i == 7) / 10) for i in range(20)]
-    survivors = set(numbers(HALVING.survivors(0, first + cheap + dear)))
-    assert {23, 35} <= survivors
-    assert 8 not in survivors, "the cheapest of all, which nothing dominates"
-    assert len(survivors - set(range(8))) < 20
-    assert {28, 29, 30}.isdisjoint(survivors), "cheaper ones are better"
+    found = set(survivors(0, first + cheap + dear))
+    assert {23, 35} <= found
+    assert 8 not in found, "the cheapest of all, which nothing dominates"
+    assert len(found - set(range(8))) < 20
+    assert {28, 29, 30}.isdisjoint(found), "cheaper ones are better"
     with_params = ParetoHalving(RUNGS, 3, ["macs", "params"])
-    assert set(numbers(with_params.survivors(0, first + cheap + dear))) == survivors
+    also = with_params.survivors(0, first + cheap + dear, all_begun=False)
+    assert set(numbers(also)) == found
 
 
 def test_rungs_that_do_not_rank_stop_nobody() -> None:
@@ -116,14 +136,15 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
     trials = [trial(n, 100, first[n] - 0.2, ends[n] - 0.1, ends[n]) for n in range(len(ends))]
     for count in PROBES[:-1]:
         assert HALVING.probes(trials[:count])[0] == 2 * count
-        assert HALVING.survivors(0, trials[:count]) == trials[:count]
+        assert survivors(0, trials[:count]) == numbers(trials[:count])
     assert HALVING.probes(trials) == (PROBES[-1], [False, True])
     more = [trial(32 + i, 100, 0.01, 0.01) for i in range(6)]
-    assert numbers(HALVING.survivors(0, trials + more))[-6:] == numbers(more)
-    assert not set(numbers(more)) & set(numbers(HALVING.survivors(1, trials + more)))
+    assert survivors(0, trials + more)[-6:] == numbers(more)
+    assert not set(numbers(more)) & set(survivors(1, trials + more))
     told = "\n".join(HALVING.notes(trials))
     assert "first 32 trials" in told and "rung of 1 epochs" in told and "stops nobody" in told
-    assert "rung of 3 epochs: Kendall's tau 1.00 (p 0.000): one in 3 goes on" in told
+    told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, one in 1.73 in the end"
+    assert f"rung of 3 epochs: {told_of_second}" in told
 
 
 @pytest.mark.parametrize("levels", [2, 4, 1000])
@@ -191,7 +212,7 @@ def test_what_is_dominated_even_with_the_greatest_gain_is_hopeless() -> None:
 def test_the_highest_rung_is_promoted_first_and_of_it_the_best() -> None:
     trials = [*probed(), trial(8, 100, 0.5), trial(9, 100, 0.6), trial(10, 100, 0.4, 0.5)]
     promoted = []
-    while found := HALVING.promotable(trials):
+    while found := HALVING.promotable(trials, all_begun=False):
         promoted.append(found.number)
         trials[found.number] = replace(found, state="running")
     assert promoted == [10, 9, 8]
@@ -238,8 +259,8 @@ def test_a_search_that_halves_trains_less_and_by_the_rule(halved: Study) -> None
     assert halving is not None
     states = [t.state for t in trials]
     assert len(trials) == TRIALS and set(states) == {"scored", "stopped"}
-    assert halved.summary()["epochs"] < 0.85 * TRIALS * halving.rungs[-1]
-    assert halving.promotable(trials) is None, "nothing is left that should go on"
+    assert halved.summary()["epochs"] < 0.9 * TRIALS * halving.rungs[-1]
+    assert halving.promotable(trials, all_begun=True) is None, "nobody is left who should go on"
     assert len(halved.optuna.get_trials()) > TRIALS, "a promoted trial has a row more"
     assert all("stopped at" in t.reason for t in trials if t.state == "stopped")
     table = TableEvaluator(TABLE)
@@ -317,9 +338,10 @@ def test_a_trial_goes_on_when_all_slots_are_taken(
         return Search(Experiment.load(path), Display(Console(quiet=True))).run(count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ParetoHalving, "promotable", lambda *_: None)
+        patch.setattr(ParetoHalving, "promotable", lambda *_, **__: None)
         patch.setattr(ParetoHalving, "probes", lambda *_: (PROBES[0], [True]))
-        patch.setattr(ParetoHalving, "goes_on", lambda self, t, ts: t.number < PROBES[0])
+        few = lambda self, t, ts, **_: t.number < PROBES[0]  # noqa: E731
+        patch.setattr(ParetoHalving, "goes_on", few)
         states = [t.state for t in run().trials]
     assert states == ["scored"] * PROBES[0] + ["stopped"] * 2
     monkeypatch.setattr(ParetoHalving, "probes", lambda *_: (PROBES[0], [False]))

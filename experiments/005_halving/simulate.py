@@ -108,7 +108,7 @@ def halved(
     trials: list[Trial] = []
     course, spent, last = [], 0, len(halving.rungs) - 1
     while True:
-        trial = halving.promotable(trials)
+        trial = halving.promotable(trials, all_begun=len(trials) == len(order))
         if trial is None:
             if len(trials) == len(order):
                 return course, trials
@@ -123,7 +123,8 @@ def halved(
             else:
                 trial = replace(trial, partial=score, state="running")
             trials[trial.number] = trial
-            if not trial.score and not halving.goes_on(trial, trials):
+            all_begun = len(trials) == len(order)
+            if not trial.score and not halving.goes_on(trial, trials, all_begun=all_begun):
                 trials[trial.number] = replace(trial, state="stopped")
                 break
         course.append(table.point(spent, trials))

@@ -161,11 +161,17 @@ class Search:
     def _work(self, total: int) -> None:
         """Do job after job until all slots are finished, by this worker or by others."""
         slots = Slots(
-            self.study, self.leases, self.gate, self.candidates, self.stopping, self.display.note
+            self.study,
+            total,
+            self.leases,
+            self.gate,
+            self.candidates,
+            self.stopping,
+            self.display.note,
         )
         ended, waits, told = None, False, set[str]()  # type: int | None, bool, set[str]
         while True:
-            turn = self._turn(slots, total)
+            turn = self._turn(slots)
             if ended is not None:
                 self.display.end(turn.trials[ended], turn.trials, self.candidates.refused)
                 self._sweep(turn.trials)
@@ -191,8 +197,8 @@ class Search:
             self._have_backbone()  # which a trial that goes on needs too, when all slots are taken
             self._evaluate(slots, turn.job)
 
-    def _turn(self, slots: Slots, total: int) -> Turn:
-        return patiently(lambda: slots.next(total, self._publish), self.display.note)
+    def _turn(self, slots: Slots) -> Turn:
+        return patiently(lambda: slots.next(self._publish), self.display.note)
 
     def _remark(self, text: str) -> None:
         """Of a training, such as a checkpoint that cannot be used: said, and kept in its row."""

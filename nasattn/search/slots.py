@@ -59,11 +59,12 @@ class TurnLost(Exception):
 
 
 class Slots:
-    """One worker's hand on a study's trials."""
+    """One worker's hand on a study's trials, of which there are to be `total`."""
 
     def __init__(
         self,
         study: Study,
+        total: int,
         leases: Leases,
         gate: Gate,
         candidates: Candidates,
@@ -72,16 +73,16 @@ class Slots:
     ) -> None:
         self.study, self.leases, self.gate, self.candidates = study, leases, gate, candidates
         self.stopping, self.note = stopping, note
-        self.exhausted = False
+        self.total, self.exhausted = total, False
 
-    def next(self, total: int, publish: Callable[[list[Trial]], None]) -> Turn:
-        """Take the next job of a study of `total` slots: a trial whose worker has gone, else a
-        stopped one that should go on, else a new slot. publish: called with all trials, in turn."""
+    def next(self, publish: Callable[[list[Trial]], None]) -> Turn:
+        """Take the next job: a trial whose worker has gone, else a stopped one that should go on,
+        else a new slot. publish: called with all trials, in turn."""
         while True:
             with suppress(TurnLost), self.leases.turn():
-                return self._decided(total, publish)
+                return self._decided(publish)
 
-    def _decided(self, total: int, publish: Callable[[list[Trial]], None]) -> Turn:
+    def _decided(self, publish: Callable[[list[Trial]], None]) -> Turn:
         # The leases first: who gives one back has told how its trial ended before.
         held = self.leases.table()
         rows = self.study.rows()
@@ -93,7 +94,7 @@ class Slots:
             trials = self.study.read(rows)
         slot = held.get(trial_lease(len(rows)))
         others += slot is not None and not self.leases.dead(slot.owner, held)
-        job = job or self._promoted(rows, trials) or self._fresh(rows, trials, total)
+        job = job or self._promoted(rows, trials) or self._fresh(rows, trials)
         if any(self.leases.dead(lease.owner, held) for lease in held.values()):
             running = {trial_lease(t.number) for t in trials if t.state == "running"}
             # The leases of other trainings show that somebody died at them, until they are taken.
@@ -123,7 +124,8 @@ class Slots:
         with self.leases.turn(), suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(job.row, PARTIAL, partial.as_dict())
             trials = self.study.trials
-            if self.stopping.goes_on(trials[job.trial.number], trials):
+            trial, all_begun = trials[job.trial.number], self._all_begun(trials)
+            if self.stopping.goes_on(trial, trials, all_begun=all_begun):
                 return True
             epochs = self.stopping.rungs[len(partial.rungs) - 1]
             reason = f"stopped at {epochs} epochs with {partial.rungs[-1]:.4f}"
@@ -172,7 +174,9 @@ class Slots:
 
     def _promoted(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
         """A stopped trial goes on in a new row, as a row that was told cannot change any more."""
-        trial = self.stopping.promotable(trials) if self.stopping else None
+        if self.stopping is None:
+            return None
+        trial = self.stopping.promotable(trials, all_begun=self._all_begun(trials))
         if trial is None or not self.leases.acquire(trial_lease(trial.number)):
             return None
         old = rows[trial.number]
@@ -181,11 +185,12 @@ class Slots:
         attributes.setdefault(FIRST, old._trial_id)
         return self._written(old.params, old.distributions, attributes, old.system_attrs)
 
-    def _fresh(
-        self, rows: Sequence[FrozenTrial], trials: Sequence[Trial], total: int
-    ) -> Job | None:
+    def _all_begun(self, trials: Sequence[Trial]) -> bool:
+        return self.exhausted or len(trials) >= self.total
+
+    def _fresh(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
         slot = len(rows)
-        if slot >= total or self.exhausted or not self.leases.acquire(trial_lease(slot)):
+        if self._all_begun(trials) or not self.leases.acquire(trial_lease(slot)):
             return None
         self.gate.slot = slot
         snapshot = Snapshot(self.study.optuna, self._believed(rows, trials), slot)
@@ -197,7 +202,7 @@ class Slots:
             self.note("no new architecture was found within the budget: complete")
             self.exhausted = True
             self.leases.release(trial_lease(slot))
-            return None
+            return self._promoted(rows, trials)  # more may go on when no new one is to come
         architecture = self.candidates.space.draw(lambda name, labels: str(params[name]))
         cost = self.candidates.pricing.cost(params)
         excesses = {m: cost.values[m] - limit for m, limit in self.candidates.limits.items()}

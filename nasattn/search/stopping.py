@@ -1,12 +1,14 @@
 """Which candidates are trained on: asynchronous successive halving for several objectives.
 
-Every candidate is trained to the first rung, the better part of each rung on to the next. All is
-derived from the study's rows, so any number of workers, and those that come later, decide alike.
+Every candidate is trained to the first rung, the best of each rung on to the next. When no new one
+is to come, those stopped before go on, the best first, until the better part of each rung has. All
+is derived from the study's rows, so any number of workers, and those that come later, decide alike.
 After Li et al. 2020 (ASHA, https://arxiv.org/abs/1810.05934), who have one objective; ranks within
 bands of cost are in its place here, since the cheapest network is never dominated and would always
 survive.
 """
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, median
 
@@ -27,10 +29,16 @@ BAND, BANDS = 12, 6  # trials that a band of cost needs, and the most bands ther
 
 class ParetoHalving:
     """rungs: epochs, the last those of the whole training; eta: of so many that reach a rung, one
-    goes on; costs: the metrics that are minimised beside the accuracy."""
+    goes on, and of the square root of so many in the end; costs: the metrics that are minimised
+    beside the accuracy. all_begun, of the methods: whether no new trial is to come."""
 
     def __init__(self, rungs: Sequence[int], eta: float, costs: Sequence[str]) -> None:
         self.rungs, self.eta, self.costs = tuple(rungs), eta, tuple(costs)
+
+    @property
+    def in_the_end(self) -> float:
+        """Of so many that have reached a rung, one has gone on when the search is over."""
+        return math.sqrt(self.eta)
 
     @classmethod
     def of(cls, experiment: Experiment) -> "ParetoHalving | None":
@@ -39,24 +47,24 @@ class ParetoHalving:
             return None
         return cls(experiment.rungs, experiment.search.eta, experiment.costs)
 
-    def goes_on(self, trial: Trial, trials: Sequence[Trial]) -> bool:
+    def goes_on(self, trial: Trial, trials: Sequence[Trial], *, all_begun: bool) -> bool:
         """Whether a trial that has just reached a rung is trained to the next one."""
-        level = len(reached(trial)) - 1
-        return any(t.number == trial.number for t in self.survivors(level, trials))
+        survivors = self.survivors(len(reached(trial)) - 1, trials, all_begun=all_begun)
+        return any(t.number == trial.number for t in survivors)
 
-    def promotable(self, trials: Sequence[Trial]) -> Trial | None:
+    def promotable(self, trials: Sequence[Trial], *, all_begun: bool) -> Trial | None:
         """The stopped trial that goes on next: of the highest rung that has one, the best."""
         for level in reversed(range(len(self.rungs) - 1)):
             here = {t.number for t in trials if t.state == "stopped" and at(t, level)}
             if here:
-                survivors = self.survivors(level, trials)
+                survivors = self.survivors(level, trials, all_begun=all_begun)
                 if found := next((t for t in survivors if t.number in here), None):
                     return found
         return None
 
-    def survivors(self, level: int, trials: Sequence[Trial]) -> list[Trial]:
+    def survivors(self, level: int, trials: Sequence[Trial], *, all_begun: bool) -> list[Trial]:
         """Who goes on from a rung (0: the first), best first: the probes, and of the others one in
-        `eta` of all that reached it. A rung that is not trusted stops nobody."""
+        `eta` (its root) of all that reached it. A rung that is not trusted stops nobody."""
         probes, trusted = self.probes(trials)
         here = [t for t in trials if len(reached(t)) > level]
         first = [t for t in here if t.number < probes]
@@ -66,7 +74,8 @@ class ParetoHalving:
             return here
         ranks = self._ranks(level, here)
         order = np.argsort(ranks, kind="stable")
-        best = [here[i] for i in order if ranks[i] < len(here) / self.eta]
+        places = len(here) / (self.in_the_end if all_begun else self.eta)
+        best = [here[i] for i in order if ranks[i] < places]
         later = [t for t in best if t.number >= probes]
         lost = self.hopeless(later, level, trials)
         return first + [t for t in later if t.number not in lost]
@@ -129,7 +138,8 @@ class ParetoHalving:
         told = [f"the first {probes} trials were trained to the end; rank correlation with it:"]
         for level, rung in enumerate(self.rungs[:-1]):
             tau, chance = self.tau(level, first)
-            verdict = f"one in {self.eta:g} goes on" if trusted[level] else "it stops nobody"
+            some = f"one in {self.eta:g} goes on, one in {self.in_the_end:.3g} in the end"
+            verdict = some if trusted[level] else "it stops nobody"
             told.append(
                 f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): {verdict}"
             )

@@ -208,9 +208,9 @@ class Study:
         return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 
     def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:
-        """The stopped trial that should go on next."""
+        """The stopped trial that should go on next, when all have begun."""
         halving = ParetoHalving.of(self.config)
-        return halving.promotable(trials or self.trials) if halving else None
+        return halving.promotable(trials or self.trials, all_begun=True) if halving else None
 
     def final(self, trials: Sequence[Trial] | None = None) -> dict[str, Any] | None:
         """What the re-evaluation of the final frontier gave so far, as plain data; None where the

@@ -61,6 +61,7 @@ Int = Annotated[int, BeforeValidator(read_whole)]
 Float = Annotated[float, BeforeValidator(read_number)]
 Positive = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 Natural = Annotated[Int, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, lt=1)]
 
 MERGE = "tag:yaml.org,2002:merge"
 KEY = "[key]"  # pydantic's mark where the key of a mapping is wrong, not its value

@@ -13,7 +13,7 @@ from typing import cast
 
 from nasattn.architecture import Backbone
 from nasattn.catalog import Rows
-from nasattn.config import Vary
+from nasattn.space_file import Vary
 
 LEFT_OUT = "left_out"
 SUFFIX = ":block"  # the parameter `stage2.1:block` chooses the block, `stage2.1` what follows it

@@ -13,12 +13,12 @@ import torch
 
 from nasattn.architecture import NONE, Architecture, Backbone, Placement, Site
 from nasattn.chain import Chain, Row, Step
-from nasattn.config import SpaceFile
 from nasattn.cost import CONVENTION, CostTable
 from nasattn.errors import UserError, lookup, suggest
 from nasattn.model import canonical, make_block, plain_sites, site_shapes
 from nasattn.record import Cost
 from nasattn.skeleton import LEFT_OUT, SUFFIX, Skeleton, position_of
+from nasattn.space_file import SpaceFile
 
 Choose = Callable[[str, Sequence[str]], str]
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nasattn.config import Experiment, Limit, SpaceFile, differences, storage_url
+from nasattn.config import Experiment, Limit, differences, storage_url
 from nasattn.document import dump_yaml, load_yaml, read_number, read_whole
 from nasattn.errors import UserError
+from nasattn.space_file import SpaceFile
 
 SPACE = """\
 backbone:

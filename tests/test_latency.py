@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 from nasattn import load_study
 from nasattn.blocks import BLOCKS
 from nasattn.cli import app
-from nasattn.config import SpaceFile
 from nasattn.cost import count
 from nasattn.cost.calibration import Calibration, Network, calibrate
 from nasattn.cost.latency import (
@@ -46,6 +45,7 @@ from nasattn.errors import UserError
 from nasattn.model import build
 from nasattn.skeleton import LEFT_OUT
 from nasattn.space import SearchSpace
+from nasattn.space_file import SpaceFile
 
 QUICK = TimingProtocol(warmup=1, rounds=40, most=80)
 

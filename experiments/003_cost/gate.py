@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from nasattn import SearchSpace, measure
-from nasattn.config import SpaceFile
 from nasattn.document import Source, check
 from nasattn.pricing import Candidates, Pricing
+from nasattn.space_file import SpaceFile
 
 ROOT = Path(__file__).parents[2]
 MOBILENET = {

@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import nn
 
 from nasattn.architecture import NONE, Architecture, Placement
-from nasattn.config import SpaceFile
 from nasattn.cost.calibration import Network
 from nasattn.cost.latency import (
     Latency,
@@ -33,6 +32,7 @@ from nasattn.document import Source, check, load_yaml
 from nasattn.errors import UserError
 from nasattn.model import Shape, block_inputs, build, make_block, site_shapes
 from nasattn.skeleton import LEFT_OUT, SUFFIX, Skeleton
+from nasattn.space_file import SpaceFile
 
 __all__ = ["LatencyTable", "check_context", "profile", "read_space", "subjects"]
 

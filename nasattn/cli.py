@@ -70,12 +70,16 @@ def search(
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
     with _loading():
+        from nasattn.search.database import shown
         from nasattn.search.opening import find_study, free_name
 
         loaded = _experiment(experiment, storage)
         if new_study:
             name = free_name(loaded.storage, loaded.study)
-            print(f"new study: {name}; it goes on by: nasattn resume --study {name} --storage URL")
+            print(
+                f"new study: {name}; it goes on by: "
+                f"nasattn resume --study {name} --storage '{shown(loaded.storage)}'"
+            )
             loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
     _search(loaded, found, trials, workers, launcher, launcher_option)
@@ -353,7 +357,10 @@ def _search(
             print_results(found)
             return
         # Before the seconds that it takes to load what trains.
-        print(f"the study '{found.name}': {done:,} of {total:,} trials are done", flush=True)
+        told = f"{done:,} of {total:,} trials are done"
+        if done > total:
+            told = f"{done:,} trials are done, {total:,} were asked for"
+        print(f"the study '{found.name}': {told}", flush=True)
 
     with _loading():
         from nasattn.search.display import Display

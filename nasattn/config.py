@@ -415,7 +415,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+            was, now = ("nothing" if v is None else repr(v) for v in (before, after))
+            lines.append(f"{prefix}{key}: {was} -> {now}")
     return lines
 
 
@@ -429,7 +430,6 @@ __all__ = [
     "Metric",
     "Schedule",
     "Search",
-    "SpaceFile",
     "TrainerFile",
     "Training",
     "artifacts_url",

@@ -73,6 +73,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     for key, value in summary.items():
         if key not in ("workers", "failures"):
             print(f"{key:>12}  {value}")
+    at_work = {worker.get("slot") for worker in summary["workers"]} - {None}
+    if (left := summary["running"] - len(at_work)) > 0:
+        print(f"  {left} of the running were interrupted: the next search goes on with them")
     for worker in summary["workers"]:
         print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")
     for failure in summary["failures"]:

@@ -671,7 +671,7 @@ def test_differences(folder: Path) -> None:
     new["search"]["trials"] = 99
     del new["budget"]["params"]
     assert sorted(differences(old, new)) == [
-        "budget.params: '60000' -> None",
+        "budget.params: '60000' -> nothing",
         "search.trials: 40 -> 99",
         "space.blocks.se: None -> {}",
         "training.lr: 0.005 -> 0.1",

@@ -853,3 +853,65 @@ def test_costs_that_leave_nothing_to_learn_are_refused(costs: Any) -> None:
     study = study_of(FrontierSampler(costs, space=SPACE))
     with pytest.raises(ValueError, match="at least one left to learn"):
         study.ask(SPACE)
+
+
+@pytest.mark.parametrize("earlier", ["added", "run"])
+def test_a_parameter_that_is_suggested_no_more_does_not_hide_what_was_proposed(
+    earlier: str,
+) -> None:
+    def asked(count: int) -> Callable[[optuna.Trial], tuple[float, float]]:
+        def objective(trial: optuna.Trial) -> tuple[float, float]:
+            params = {
+                f"site{i}": trial.suggest_categorical(f"site{i}", OPTIONS) for i in range(count)
+            }
+            return error(params), cost(params)
+
+        return objective
+
+    study = optuna.create_study(
+        directions=["minimize"] * 2, sampler=FrontierSampler(costs={1: cost}, seed=1)
+    )
+    if earlier == "run":
+        study.optimize(asked(SITES), n_trials=3)
+    else:
+        rng = random.Random(0)
+        for _ in range(3):
+            params = {name: rng.choice(OPTIONS) for name in SPACE}
+            found = create_trial(
+                params=params, distributions=SPACE, values=[error(params), cost(params)]
+            )
+            study.add_trial(found)
+    study.optimize(asked(4), n_trials=25)
+    later = [tuple(t.params.values()) for t in study.trials[3:]]
+    # The first of them may be of a space that nobody knows any more.
+    assert len(set(later)) == len(later) == 25
+
+
+def test_parameters_that_come_and_go_are_named_when_the_rest_is_used_up() -> None:
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        site = trial.suggest_categorical("site", ["a", "b"])
+        extra = trial.suggest_categorical(f"of {site}", ["x", "y"])
+        return float(extra == "x"), float(site == "a")
+
+    known = {1: lambda params: float(params["site"] == "a")}
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=FrontierSampler(known))
+    with pytest.raises(Exhausted, match=r"\['of a', 'of b'\] are not: the space has to be flat"):
+        study.optimize(objective, n_trials=9)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_parameter_that_is_kept_from_the_sampler_is_named() -> None:
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        params = {name: trial.suggest_categorical(name, OPTIONS) for name in SPACE}
+        return error(params), cost(params)
+
+    sampler = FrontierSampler(costs={1: lambda params: PRICE[params["site0"]]})
+    fixing = optuna.samplers.PartialFixedSampler({"site0": "wide"}, sampler)
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=fixing)
+    with pytest.raises(ValueError, match=r"\['site0'\] are kept from this sampler.*`space`"):
+        study.optimize(objective, n_trials=3)
+
+
+def test_costs_are_named_by_their_index() -> None:
+    with pytest.raises(ValueError, match="got the key 'macs'; allowed: indices"):
+        FrontierSampler(costs={"macs": cost})  # type: ignore[dict-item]

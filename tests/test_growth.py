@@ -292,6 +292,9 @@ def test_a_new_study_takes_the_next_free_name(
     for taken in ("tiny", "tiny-2", "tiny-4"):
         run = CliRunner().invoke(cli.app, ["search", str(path), "--new-study"])
         assert run.exit_code == 0, run.output
+        assert (
+            f"nasattn resume --study {taken.replace('4', '3')} --storage '{storage}'" in run.output
+        )
         optuna.create_study(study_name=taken, storage=storage)
     assert asked == ["tiny", "tiny-2", "tiny-3"]
     assert free_name(storage, "other") == "other"

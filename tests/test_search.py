@@ -468,6 +468,30 @@ def test_how_far_a_study_is_is_told_before_torch_is_loaded(write: Write) -> None
     assert "import of torch halted" in done.stderr
 
 
+def test_more_trials_than_are_asked_for_are_no_share_of_them(write: Write) -> None:
+    path = write()
+    by_formula(path, 3)
+    done = CliRunner().invoke(cli.app, ["search", str(path), "--trials", "2"])
+    assert "the study 'tiny': 3 trials are done, 2 were asked for" in done.stdout
+
+
+def test_what_trains_is_loaded_before_a_trial_is_taken(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds: who is killed meanwhile must not count against a trial."""
+    path = write()
+    by_formula(path, 2)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(candidate, "load_lightning", killed)
+    search = searching(path)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(4)
+    assert [t.state for t in search.study.trials] == ["scored"] * 2
+
+
 def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
     assert done.returncode == code and text in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """Halving: who goes on, by hand and on a table of real learning curves."""
 
+import io
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from nasattn.search.loop import Search
 from nasattn.search.samplers import SAMPLERS
 from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving
 from nasattn.search.study import Study
+from nasattn.search.watch import Follower
 from nasattn.space import SearchSpace
 from nasattn.uncertainty import kendall
 
@@ -82,7 +84,8 @@ def test_the_probes_go_on_whatever_they_show() -> None:
     trials = [*probed(5), trial(5, 100, 0.01, state="running")]
     assert HALVING.goes_on(trials[5], trials, all_begun=False)
     assert HALVING.probes(trials) == (PROBES[0], None)
-    assert HALVING.notes(trials) == []
+    (line,) = HALVING.notes(trials)
+    assert line == f"halving: the first {PROBES[0]} trials are trained to the end, as probes"
 
 
 def test_one_in_eta_goes_on_and_equals_share_a_rank() -> None:
@@ -142,7 +145,12 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
     assert survivors(0, trials + more)[-6:] == numbers(more)
     assert not set(numbers(more)) & set(survivors(1, trials + more))
     told = "\n".join(HALVING.notes(trials))
-    assert "first 32 trials" in told and "rung of 1 epochs" in told and "stops nobody" in told
+    for count in PROBES:
+        assert f"{count} probes have ended" in told
+        further = f"to be sure, the first {2 * count} trials are trained to the end"
+        assert (further in told) == (count < PROBES[-1])
+        early = HALVING.notes(trials[:count])
+        assert "\n".join(early) in told and ("stops nobody" in early[-2]) == (count == PROBES[-1])
     told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, one in 1.73 in the end"
     assert f"rung of 3 epochs: {told_of_second}" in told
 
@@ -281,6 +289,18 @@ def test_the_search_decides_as_the_simulation_does(
     order = [t.architecture for t in halved.trials]
     _, trials = simulate.halved(table, order, halving)
     assert told(trials) == told(halved.trials)
+
+
+def test_who_looks_on_is_told_what_the_rungs_are_worth_once(halved: Study) -> None:
+    text = io.StringIO()
+    follower = Follower(halved, Display(Console(file=text, width=200)))
+    follower.look()
+    halving = ParetoHalving.of(halved.config)
+    assert halving is not None
+    lines = halving.notes(halved.trials)
+    assert len(lines) > 3 and text.getvalue().splitlines() == lines
+    follower.look()
+    assert text.getvalue().splitlines() == lines
 
 
 def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) -> None:

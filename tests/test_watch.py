@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from nasattn.search import outage
 from nasattn.search.display import REDRAW, Display, Worker, sparkline
 from nasattn.search.study import Study, accuracy
 from nasattn.search.watch import Follower, described, watch
+from nasattn.tables import print_summary
 
 FACTS = [
     {"host": "a", "pid": 12, "task": "trial 20: ccnet @ stage3.0", "share": 0.5, "accuracy": 0.8},
@@ -115,6 +117,23 @@ def test_the_panel_says_it_all_on_lines_that_fit(
         assert said in text, said
 
 
+def test_what_was_interrupted_is_not_called_running(
+    whole: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = whole.summary() | {"running": 2}
+    workers = [{"host": "a", "pid": pid, "slot": pid} for pid in (5, 6)]
+    for at_work, left in (([], 2), (workers[:1], 1), (workers, 0)):
+        print_summary(summary | {"workers": at_work})
+        told = f"{left} of the running were interrupted: the next search goes on with them"
+        assert (told in capsys.readouterr().out) == bool(left)
+    display, _ = plain()
+    display.begin(whole, 20)
+    trials = [*whole.trials[:3], replace(whole.trials[3], state="running", score=None)]
+    for now, said in (([], "1 interrupted"), ([Worker(task="trial 3")], "1 running")):
+        display.show(now, trials, 0)
+        assert f"3 scored, {said}" in "\n".join(panel(display, 80))
+
+
 def test_many_workers_fit_a_low_terminal(whole: Study, running: Running) -> None:
     display, _ = plain()
     running.count = 20
@@ -197,4 +216,4 @@ def test_the_command_ends_with_a_complete_study(whole: Study) -> None:
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("fake: best 0.")
+    assert run.stdout.startswith("fake: 20 of 20 trials, best 0.")

@@ -26,11 +26,16 @@ Weights = Mapping[str, Tensor]
 
 
 def fit(*arguments: Any, **options: Any) -> Score:
-    """See train.fit. To import Lightning takes as long as all else together, so it is done when the
-    first training begins."""
+    """See train.fit."""
     from nasattn.evaluate import train
 
     return train.fit(*arguments, **options)
+
+
+def load_lightning() -> None:
+    """It takes as long as all else together, so it is done when something is to be trained; before
+    a trial is taken, for to be killed meanwhile would count as the trial's fault."""
+    from nasattn.evaluate import train  # noqa: F401
 
 
 def test(*arguments: Any, **options: Any) -> float:
@@ -136,7 +141,9 @@ class Evaluator:
         return score, weights_of(network)
 
     def prepare(self, tick: Tick) -> bool:
-        """Have the plain backbone's weights ready; True when it was trained now."""
+        """Have the plain backbone's weights ready; True when it was trained now. What trains is
+        loaded."""
+        load_lightning()
         if not self.experiment.training.warm_start or self._backbone is not None:
             return False
         self._backbone = self._stored()

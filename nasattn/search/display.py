@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nasattn.record import Trial
+from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import Study, accuracy, finished
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -126,6 +127,7 @@ class Display:
         self.workers: Sequence[Worker] = ()
         self.refused = 0
         self._redrawn = 0.0
+        self._told = set[str]()  # of what the rungs are worth
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -151,6 +153,7 @@ class Display:
     def begin(self, study: Study, total: int) -> None:
         self.study, self.total = study, total
         self.trials = study.trials
+        self._tell_rungs()
         self._draw()
 
     def start(self, task: str, waits: bool = False) -> None:
@@ -176,6 +179,7 @@ class Display:
             f"macs {trial.cost.values['macs']:,}  {placed(trial.architecture.specs)}"
             + ("" if self.console.is_terminal else f"  [{self.summary()}]")
         )
+        self._tell_rungs()
 
     def show(self, workers: Sequence[Worker], trials: list[Trial], refused: int) -> None:
         """How far the study is, and what all of its workers do."""
@@ -204,7 +208,8 @@ class Display:
         grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         grid.add_row("study", Text(self.study.name))
         states = [t.state for t in self.trials]
-        counts = {s: states.count(s) for s in ("scored", "stopped", "failed", "running")}
+        counts = {s: states.count(s) for s in ("scored", "stopped", "failed")}
+        counts["running" if self.workers else "interrupted"] = states.count("running")
         done = finished(self.trials)
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         share = bar(done / max(1, self.total), 24)
@@ -268,6 +273,14 @@ class Display:
         if left <= 0 or not spent or not self.workers:
             return ""
         return f"about {duration(left * sum(spent) / len(spent) / len(self.workers))} left"
+
+    def _tell_rungs(self) -> None:
+        """What the probes of halving have shown, once."""
+        halving = ParetoHalving.of(self.study.config) if self.study else None
+        for text in halving.notes(self.trials) if halving else []:
+            if text not in self._told:
+                self._told.add(text)
+                self.note(text)
 
     def _draw(self, at_once: bool = True) -> None:
         """at_once: even if the panel was drawn a moment ago, as no later event may follow."""

@@ -91,6 +91,8 @@ class FrontierSampler(BaseSampler):
             space,
             draw,
         )
+        if odd := [index for index in costs if not isinstance(index, (int, np.integer))]:
+            raise ValueError(f"costs: got the key {odd[0]!r}; allowed: indices of objectives")
         given = [constraints] if callable(constraints) else constraints or []
         self.constraints: tuple[Function, ...] = tuple(given)
         self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
@@ -109,10 +111,14 @@ class FrontierSampler(BaseSampler):
             return dict(self.space)
         rows = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         complete = [t for t in rows if t.state is TrialState.COMPLETE]
-        found = complete or sorted(rows, key=lambda t: -len(t.params))[:1]
+        # What the function asks for now, the latest that was proposed here tells; trials that were
+        # added, or that another sampler began, may be of an earlier one.
+        own = [t for t in complete if PROPOSAL in t.system_attrs]
+        found = own or complete or sorted(rows, key=lambda t: -len(t.params))[:1]
         # One that has only a part of another's parameters was not made by the same function.
         sets = {frozenset(t.params) for t in found}
-        whole = [names for names in sets if not any(names < other for other in sets)]
+        others = {frozenset(own[-1].params)} if own else sets
+        whole = [names for names in sets if not any(names < other for other in others)]
         # Within a study, Optuna holds a categorical parameter to the same options for good.
         names = frozenset.intersection(*whole) if whole else frozenset()
         first = next((t for t in found if names <= t.params.keys()), None)
@@ -146,7 +152,25 @@ class FrontierSampler(BaseSampler):
         signs = [_sign(d) for d in study.directions]
         with self._lock:
             rows = Trials.of(study, trial, space)
-            return space.params(self._agreed(study, trial, space, rows, signs))
+            try:
+                return space.params(self._agreed(study, trial, space, rows, signs))
+            except Exhausted as error:
+                names = {n for t in study.get_trials(deepcopy=False) for n in t.params}
+                if unknown := sorted(names - options.keys()):
+                    raise Exhausted(
+                        f"{error}. Only parameters that all trials have are searched, {unknown} "
+                        "are not: the space has to be flat"
+                    ) from None
+                raise
+            except LookupError:
+                every = self.infer_relative_search_space(study, trial)
+                if hidden := sorted(every.keys() - options.keys()):
+                    raise ValueError(
+                        f"the parameters {hidden} are kept from this sampler, which has to know "
+                        "all that costs are functions of; allowed: to fix them by "
+                        "study.enqueue_trial, or by one option each in `space`"
+                    ) from None
+                raise
 
     def _agreed(
         self, study: Study, trial: FrozenTrial, space: Space, rows: Trials, signs: Sequence[int]

@@ -169,17 +169,13 @@ class Search:
             self.stopping,
             self.display.note,
         )
-        ended, waits, told = None, False, set[str]()  # type: int | None, bool, set[str]
+        ended, waits = None, False  # type: int | None, bool
         while True:
             turn = self._turn(slots)
             if ended is not None:
                 self.display.end(turn.trials[ended], turn.trials, self.candidates.refused)
                 self._sweep(turn.trials)
                 ended = None
-                for text in self.stopping.notes(turn.trials) if self.stopping else []:
-                    if text not in told:
-                        self.display.note(text)
-                        told.add(text)
             if turn.over:
                 done = finished(turn.trials)
                 self._sweep(turn.trials)

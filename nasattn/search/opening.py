@@ -107,7 +107,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
             + "".join(f"  {line}\n" for line in edits)
-            + (f"Its trials need what is gone: {told(lost)}.\n" if lost else "")
+            + (f"The study's space had what is gone: {told(lost)}.\n" if lost else "")
             + "Undo the edits to go on with it, or start another study: give the experiment "
             "another `study:` name, or use --new-study."
         )

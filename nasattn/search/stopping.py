@@ -85,13 +85,19 @@ class ParetoHalving:
         they have shown to rank as the end does (None: not known yet). While one does not, they are
         doubled, up to the most."""
         for count in PROBES:
-            first = [t for t in trials if t.number < count]
-            if len(first) < count or not all(t.score or t.state == "failed" for t in first):
+            first = self._ended(count, trials)
+            if not first:
                 return count, None
             trusted = [self.trusts(k, first) for k in range(len(self.rungs) - 1)]
             if all(trusted):
                 break
         return count, trusted
+
+    def _ended(self, count: int, trials: Sequence[Trial]) -> list[Trial]:
+        """The first trials, when so many have ended; else none."""
+        first = [t for t in trials if t.number < count]
+        done = len(first) == count and all(t.score or t.state == "failed" for t in first)
+        return first if done else []
 
     def trusts(self, level: int, trials: Sequence[Trial]) -> bool:
         """Whether the scored trials show that a rung ranks as the end does."""
@@ -130,19 +136,29 @@ class ParetoHalving:
         return {t.number: min(1.0, r[-1] + usual[len(r) - 1]) for t, r in partial if r}
 
     def notes(self, trials: Sequence[Trial]) -> list[str]:
-        """What the probes have shown, for people."""
-        probes, trusted = self.probes(trials)
-        if trusted is None:
-            return []
-        first = [t for t in trials if t.number < probes]
-        told = [f"the first {probes} trials were trained to the end; rank correlation with it:"]
-        for level, rung in enumerate(self.rungs[:-1]):
-            tau, chance = self.tau(level, first)
-            some = f"one in {self.eta:g} goes on, one in {self.in_the_end:.3g} in the end"
-            verdict = some if trusted[level] else "it stops nobody"
-            told.append(
-                f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): {verdict}"
-            )
+        """What the probes have shown so far, for people."""
+        told = [f"halving: the first {PROBES[0]} trials are trained to the end, as probes"]
+        for count, more in zip(PROBES, (*PROBES[1:], 0), strict=True):
+            if not (first := self._ended(count, trials)):
+                break
+            trusted = [self.trusts(k, first) for k in range(len(self.rungs) - 1)]
+            known = all(trusted) or not more
+            told.append(f"{count} probes have ended; rank correlation with the end:")
+            for level, rung in enumerate(self.rungs[:-1]):
+                tau, chance = self.tau(level, first)
+                verdict = "it ranks as the end does" if trusted[level] else "not seen to rank"
+                if known and trusted[level]:
+                    verdict = (
+                        f"one in {self.eta:g} goes on, one in {self.in_the_end:.3g} in the end"
+                    )
+                elif known:
+                    verdict = "it stops nobody"
+                told.append(
+                    f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): {verdict}"
+                )
+            if known:
+                break
+            told.append(f"  to be sure, the first {more} trials are trained to the end")
         return told
 
     def _cost(self, trial: Trial) -> list[float]:

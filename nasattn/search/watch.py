@@ -77,7 +77,8 @@ def watch(study: Study, display: Display, interval: float) -> None:
         with display:
             look()
             if not display.console.is_terminal:
-                display.note(f"{study.name}: {display.summary()}")
+                done = f"{finished(display.trials)} of {display.total} trials"
+                display.note(f"{study.name}: {done}, {display.summary()}")
             while look():
                 time.sleep(interval)
     except KeyboardInterrupt:

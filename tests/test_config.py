@@ -673,7 +673,7 @@ def test_differences(folder: Path) -> None:
     assert sorted(differences(old, new)) == [
         "budget.params: '60000' -> nothing",
         "search.trials: 40 -> 99",
-        "space.blocks.se: None -> {}",
+        "space.blocks.se: nothing -> {}",
         "training.lr: 0.005 -> 0.1",
     ]
 

@@ -71,11 +71,12 @@ def print_summary(summary: dict[str, Any]) -> None:
         done = f"{final['done']} of {final['evaluations']} evaluations"
         summary = summary | {"final": done}
     for key, value in summary.items():
-        if key not in ("workers", "failures"):
+        if key not in ("halving", "workers", "failures"):
             print(f"{key:>12}  {value}")
-    at_work = {worker.get("slot") for worker in summary["workers"]} - {None}
-    if (left := summary["running"] - len(at_work)) > 0:
-        print(f"  {left} of the running were interrupted: the next search goes on with them")
+    if summary["running"] and not summary["workers"]:
+        print("  what is running was interrupted: the next search goes on with it")
+    for text in summary["halving"]:
+        print(f"  {text}")
     for worker in summary["workers"]:
         print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")
     for failure in summary["failures"]:

@@ -887,6 +887,26 @@ def test_a_parameter_that_is_suggested_no_more_does_not_hide_what_was_proposed(
     assert len(set(later)) == len(later) == 25
 
 
+def test_trials_that_end_before_they_have_asked_for_all_are_not_repeated() -> None:
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        if trial.suggest_categorical("attention", ["on", "off"]) == "off":
+            return 1.0, 0.0
+        sizes = [trial.suggest_categorical(name, [0, 1, 2]) for name in ("width", "depth")]
+        return 1 / (1 + sum(sizes)), float(sum(sizes))
+
+    def known(params: Params) -> float:
+        on = params["attention"] == "on"
+        return float(params.get("width", 0) + params.get("depth", 0)) if on else 0.0
+
+    sampler = FrontierSampler({1: known})
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    study.enqueue_trial({"attention": "on", "width": 0, "depth": 0})  # tells what there is
+    with pytest.raises(Exhausted, match="no feasible parameters are left"):
+        study.optimize(objective, n_trials=20)
+    found = [tuple(t.params.values()) for t in study.trials if t.state is TrialState.COMPLETE]
+    assert len(set(found)) == len(found) == 10, "nine that are on, and the one that is off"
+
+
 def test_parameters_that_come_and_go_are_named_when_the_rest_is_used_up() -> None:
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         site = trial.suggest_categorical("site", ["a", "b"])
@@ -914,4 +934,4 @@ def test_a_parameter_that_is_kept_from_the_sampler_is_named() -> None:
 
 def test_costs_are_named_by_their_index() -> None:
     with pytest.raises(ValueError, match="got the key 'macs'; allowed: indices"):
-        FrontierSampler(costs={"macs": cost})  # type: ignore[dict-item]
+        FrontierSampler(costs={"macs": cost, 1: cost})  # type: ignore[dict-item]

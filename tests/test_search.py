@@ -475,6 +475,19 @@ def test_more_trials_than_are_asked_for_are_no_share_of_them(write: Write) -> No
     assert "the study 'tiny': 3 trials are done, 2 were asked for" in done.stdout
 
 
+def test_a_default_that_was_another_once_is_no_edit_where_it_says_nothing(write: Write) -> None:
+    path = write()
+    study, now = by_formula(path, 2), Experiment.load(path)
+    stored = now.search.model_copy(update={"eta": 3.0})
+    study.config = now.model_copy(update={"search": stored})
+    assert study.edits(now, ["search.trials"]) == []
+    halves = {"search": stored.model_copy(update={"stopping": "pareto_halving"})}
+    lines = study.edits(now.model_copy(update=halves), ["search.trials"])
+    assert lines == ["search.stopping: 'none' -> 'pareto_halving'"]
+    study.config = study.config.model_copy(update=halves)
+    assert "search.eta: 3.0 -> 4.0" in study.edits(now, [])
+
+
 def test_what_trains_is_loaded_before_a_trial_is_taken(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,11 +19,14 @@ from test_workers import forked, kill_at
 from nasattn.architecture import Architecture, Placement
 from nasattn.config import Experiment
 from nasattn.errors import TrialFailed, UserError
+from nasattn.evaluate import candidate
 from nasattn.evaluate.table import TableEvaluator
 from nasattn.record import Cost, Score, Trial
 from nasattn.search.display import Display
 from nasattn.search.loop import Search
+from nasattn.search.opening import load_study
 from nasattn.search.samplers import SAMPLERS
+from nasattn.search.slots import Slots
 from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving
 from nasattn.search.study import Study
 from nasattn.search.watch import Follower
@@ -70,6 +73,9 @@ HALVING = ParetoHalving(RUNGS, 3, ["macs"])
 def probed(count: int = PROBES[0]) -> list[Trial]:
     """Trials that ended in the order of their rungs, all at the same cost."""
     return [trial(n, 100, 0.1 + n / 100, 0.2 + n / 100, 0.3 + n / 100) for n in range(count)]
+
+
+PROBED = trial(0, 100, 0.1, 0.2, 0.3)
 
 
 def numbers(trials: Sequence[Trial]) -> list[int]:
@@ -336,6 +342,15 @@ def test_two_workers_halve_one_study(tmp_path: Path, storage: str) -> None:
     assert study.complete(study.config, TRIALS), "nobody is left who should go on"
 
 
+def test_who_was_asked_for_fewer_trials_judges_as_who_was_asked_for_more(tmp_path: Path) -> None:
+    search = searching(tmp_path, sampler="random")
+    search.plan(60)
+    arguments: Any = (search.candidates, search.stopping, search.display.note)
+    for total, end in ((24, 60), (80, 80)):
+        slots = Slots(search.study, total, search._leases(), search.gate, *arguments)
+        assert [slots._all_begun([PROBED] * n) for n in (24, end - 1, end)] == [False, False, True]
+
+
 def test_small_populations_keep_parents_that_were_promoted(tmp_path: Path) -> None:
     study = searching(tmp_path, sampler="nsga2", population=2).run(TRIALS)
     assert len(study.trials) == TRIALS and len(study.optuna.get_trials()) > TRIALS
@@ -365,6 +380,15 @@ def test_a_trial_goes_on_when_all_slots_are_taken(
         states = [t.state for t in run().trials]
     assert states == ["scored"] * PROBES[0] + ["stopped"] * 2
     monkeypatch.setattr(ParetoHalving, "probes", lambda *_: (PROBES[0], [False]))
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(candidate, "load_lightning", killed)
+        run()
+    now = load_study(Experiment.load(path).storage, "cued-digits-curves").trials
+    assert [t.state for t in now] == states, "nobody is taken before what trains is loaded"
     assert [t.state for t in run().trials] == ["scored"] * count
 
 

@@ -127,7 +127,7 @@ class Display:
         self.workers: Sequence[Worker] = ()
         self.refused = 0
         self._redrawn = 0.0
-        self._told = set[str]()  # of what the rungs are worth
+        self._told = 0  # lines of what the rungs are worth, which only grow
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -277,10 +277,10 @@ class Display:
     def _tell_rungs(self) -> None:
         """What the probes of halving have shown, once."""
         halving = ParetoHalving.of(self.study.config) if self.study else None
-        for text in halving.notes(self.trials) if halving else []:
-            if text not in self._told:
-                self._told.add(text)
-                self.note(text)
+        lines = halving.notes(self.trials) if halving else []
+        for text in lines[self._told :]:
+            self.note(text)
+        self._told = max(self._told, len(lines))
 
     def _draw(self, at_once: bool = True) -> None:
         """at_once: even if the panel was drawn a moment ago, as no later event may follow."""

@@ -85,14 +85,14 @@ class FrontierSampler(BaseSampler):
         space: Mapping[str, CategoricalDistribution] | None = None,
         draw: Draw | None = None,
     ) -> None:
+        if odd := [index for index in costs if not isinstance(index, (int, np.integer))]:
+            raise ValueError(f"costs: got the key {odd[0]!r}; allowed: indices of objectives")
         self.costs, self.seed, self.space, self.draw = (
             dict(sorted(costs.items())),
             seed,
             space,
             draw,
         )
-        if odd := [index for index in costs if not isinstance(index, (int, np.integer))]:
-            raise ValueError(f"costs: got the key {odd[0]!r}; allowed: indices of objectives")
         given = [constraints] if callable(constraints) else constraints or []
         self.constraints: tuple[Function, ...] = tuple(given)
         self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
@@ -111,13 +111,16 @@ class FrontierSampler(BaseSampler):
             return dict(self.space)
         rows = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         complete = [t for t in rows if t.state is TrialState.COMPLETE]
-        # What the function asks for now, the latest that was proposed here tells; trials that were
+        # What the function asks for now, some that were proposed here tell best: trials that were
         # added, or that another sampler began, may be of an earlier one.
         own = [t for t in complete if PROPOSAL in t.system_attrs]
-        found = own or complete or sorted(rows, key=lambda t: -len(t.params))[:1]
-        # One that has only a part of another's parameters was not made by the same function.
+        if len(own) >= START:
+            complete = own
+        found = complete or sorted(rows, key=lambda t: -len(t.params))[:1]
+        # One that has only a part of another's parameters is of an earlier function, or came to its
+        # end before it had asked for all.
         sets = {frozenset(t.params) for t in found}
-        others = {frozenset(own[-1].params)} if own else sets
+        others = {frozenset(t.params) for t in own[-START:]} if complete is own else sets
         whole = [names for names in sets if not any(names < other for other in others)]
         # Within a study, Optuna holds a categorical parameter to the same options for good.
         names = frozenset.intersection(*whole) if whole else frozenset()
@@ -155,11 +158,13 @@ class FrontierSampler(BaseSampler):
             try:
                 return space.params(self._agreed(study, trial, space, rows, signs))
             except Exhausted as error:
-                names = {n for t in study.get_trials(deepcopy=False) for n in t.params}
-                if unknown := sorted(names - options.keys()):
+                complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+                beside = [sorted(t.params.keys() - options.keys()) for t in complete]
+                if self.space is None and beside and beside[-1]:
                     raise Exhausted(
-                        f"{error}. Only parameters that all trials have are searched, {unknown} "
-                        "are not: the space has to be flat"
+                        f"{error}. Only parameters that all trials have are searched, "
+                        f"{sorted(set(itertools.chain.from_iterable(beside)))} are not: the space "
+                        "has to be flat"
                     ) from None
                 raise
             except LookupError:

@@ -28,6 +28,7 @@ DRAWN, FEW = 3000, 300
 WALKED = 2000  # changes of the study's rows that are tried for a new one
 DRAWS = 50  # random rows tried for a feasible one before the least infeasible is repaired
 LISTED = 100_000  # a space of at most so many rows is searched whole once draws find nothing new
+COMPLETED = 10_000  # rows of a trial that ended before it had asked for all parameters
 LOOKS = 20  # at who may have taken the last row, in 2 s
 CACHED = 50_000  # costs and constraints remembered
 PROPOSAL = "nasattn:proposal"  # the row of a trial, before its parameters are stored
@@ -97,6 +98,17 @@ class Space:
         found = [self._position(name, params[name]) for name in self._index if name in params]
         row = tuple(position for position in found if position is not None)
         return row if len(row) == len(self._index) else None
+
+    def completions(self, params: Params) -> Iterable[Row]:
+        """The rows that have these parameters, if they are not too many to be listed."""
+        axes = []
+        for name, options in self.options.items():
+            known = self._position(name, params[name]) if name in params else None
+            if name in params and known is None:
+                return ()
+            axes.append(range(len(options)) if known is None else [known])
+        few = math.prod(map(len, axes)) <= COMPLETED
+        return itertools.product(*axes) if few else ()
 
     def _position(self, name: str, value: Any) -> int | None:
         """Of a value among the parameter's options; 2.0 is 2 where there is no 2.0."""
@@ -240,6 +252,9 @@ class Trials:
                 proposal = other.system_attrs.get(PROPOSAL, ())
                 row = tuple(proposal) if len(proposal) == len(space.options) else None
             if row is None:
+                # Whatever else it would have asked for, it would end so again.
+                if other.state is TrialState.COMPLETE and PROPOSAL in other.system_attrs:
+                    found.seen.update(space.completions(other.params))
                 continue
             found.seen.add(row)
             if other.state is TrialState.RUNNING:

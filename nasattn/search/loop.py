@@ -92,6 +92,9 @@ class Search:
             if finished(self.study.trials) < total:
                 self.announce(total)
                 self._have_backbone()
+            elif self.study.promotable():
+                self.display.note("all trials have begun; stopped ones go on, the best first")
+                self._have_backbone()
             self.display.begin(self.study, total)
             self._work(total)
             Retraining(self.study, self.data, self.display, self.leases).run()

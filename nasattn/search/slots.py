@@ -186,11 +186,13 @@ class Slots:
         return self._written(old.params, old.distributions, attributes, old.system_attrs)
 
     def _all_begun(self, trials: Sequence[Trial]) -> bool:
-        return self.exhausted or len(trials) >= self.total
+        """Whether no new trial is to come: from here, or from who was asked for more of them."""
+        stored = self.study.optuna.user_attrs[FACTS]["experiment"]["search"]["trials"]
+        return self.exhausted or len(trials) >= max(self.total, stored)
 
     def _fresh(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
         slot = len(rows)
-        if self._all_begun(trials) or not self.leases.acquire(trial_lease(slot)):
+        if slot >= self.total or self.exhausted or not self.leases.acquire(trial_lease(slot)):
             return None
         self.gate.slot = slot
         snapshot = Snapshot(self.study.optuna, self._believed(rows, trials), slot)

@@ -204,6 +204,8 @@ class Study:
 
     def edits(self, experiment: Experiment, free: Sequence[str]) -> list[str]:
         """What the experiment has otherwise than the study, but for the keys in `free`."""
+        if experiment.search.stopping == self.config.search.stopping == "none":
+            free = (*free, "search.eta")  # which was another one where it is not given, once
         lines = differences(self.config.as_dict(), experiment.as_dict())
         return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 
@@ -228,7 +230,7 @@ class Study:
 
     def summary(self) -> dict[str, Any]:
         """How far the study is, as plain data."""
-        trials = self.trials
+        trials, halving = self.trials, ParetoHalving.of(self.config)
         states = [t.state for t in trials]
         scored = [accuracy(t) for t in trials if t.score]
         return {
@@ -242,6 +244,7 @@ class Study:
             "hypervolume": self.hypervolume(trials),
             "frontier": [t.number for t in self.frontier(trials)],
             "final": self.final(trials),
+            "halving": halving.notes(trials) if halving else [],
             "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}

@@ -130,6 +130,11 @@ def launcher(
     return found
 
 
+def ended(study: Study) -> int:
+    """Trainings that have come to an end or to a rung: a stopped trial that goes on is one more."""
+    return sum(row.state.is_finished() for row in study.optuna.get_trials(deepcopy=False))
+
+
 def search_with(
     experiment: Experiment,
     total: int,
@@ -158,7 +163,7 @@ def search_with(
                 working = crew.tend(progress)
                 try:
                     idle = not follower.look() and study.over(total)
-                    progress = finished(display.trials) + len(evaluations(study.optuna.user_attrs))
+                    progress = ended(study) + len(evaluations(study.optuna.user_attrs))
                     rest = rest - LOOK if idle else REST
                     away = False
                 except Exception as error:

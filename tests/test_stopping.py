@@ -25,11 +25,12 @@ from nasattn.record import Cost, Score, Trial
 from nasattn.search.display import Display
 from nasattn.search.loop import Search
 from nasattn.search.opening import load_study
-from nasattn.search.samplers import SAMPLERS
+from nasattn.search.samplers import SAMPLERS, Exhausted, Gate
 from nasattn.search.slots import Slots
 from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving
 from nasattn.search.study import Study
 from nasattn.search.watch import Follower
+from nasattn.search.workers import ended
 from nasattn.space import SearchSpace
 from nasattn.uncertainty import kendall
 
@@ -275,7 +276,7 @@ def test_a_search_that_halves_trains_less_and_by_the_rule(halved: Study) -> None
     assert len(trials) == TRIALS and set(states) == {"scored", "stopped"}
     assert halved.summary()["epochs"] < 0.9 * TRIALS * halving.rungs[-1]
     assert halving.promotable(trials, all_begun=True) is None, "nobody is left who should go on"
-    assert len(halved.optuna.get_trials()) > TRIALS, "a promoted trial has a row more"
+    assert ended(halved) == len(halved.optuna.get_trials()) > TRIALS, "a promoted one has two rows"
     assert all("stopped at" in t.reason for t in trials if t.state == "stopped")
     table = TableEvaluator(TABLE)
     for t in trials:  # each has the accuracies of its row, as far as it came
@@ -340,6 +341,22 @@ def test_two_workers_halve_one_study(tmp_path: Path, storage: str) -> None:
     assert len({t.architecture.key for t in study.trials}) == len(study.trials) == TRIALS
     assert {t.state for t in study.trials} == {"scored", "stopped"}
     assert study.complete(study.config, TRIALS), "nobody is left who should go on"
+
+
+def test_stopped_trials_go_on_in_the_end_of_a_space_that_is_exhausted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Gate.sample_relative
+
+    def some(gate: Gate, *arguments: Any) -> dict[str, Any]:
+        if gate.slot >= 30:
+            raise Exhausted
+        return sample(gate, *arguments)
+
+    monkeypatch.setattr(Gate, "sample_relative", some)
+    study = searching(tmp_path, sampler="random").run(TRIALS)
+    assert len(study.trials) == 30 and "stopped" in {t.state for t in study.trials}
+    assert study.promotable() is None
 
 
 def test_who_was_asked_for_fewer_trials_judges_as_who_was_asked_for_more(tmp_path: Path) -> None:

@@ -114,13 +114,12 @@ class FrontierSampler(BaseSampler):
         # What the function asks for now, some that were proposed here tell best: trials that were
         # added, or that another sampler began, may be of an earlier one.
         own = [t for t in complete if PROPOSAL in t.system_attrs]
-        if len(own) >= START:
-            complete = own
-        found = complete or sorted(rows, key=lambda t: -len(t.params))[:1]
+        enough = len(own) >= START
+        found = own if enough else complete or sorted(rows, key=lambda t: -len(t.params))[:1]
         # One that has only a part of another's parameters is of an earlier function, or came to its
         # end before it had asked for all.
         sets = {frozenset(t.params) for t in found}
-        others = {frozenset(t.params) for t in own[-START:]} if complete is own else sets
+        others = {frozenset(t.params) for t in own[-START:]} if enough else sets
         whole = [names for names in sets if not any(names < other for other in others)]
         # Within a study, Optuna holds a categorical parameter to the same options for good.
         names = frozenset.intersection(*whole) if whole else frozenset()
@@ -158,13 +157,10 @@ class FrontierSampler(BaseSampler):
             try:
                 return space.params(self._agreed(study, trial, space, rows, signs))
             except Exhausted as error:
-                complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-                beside = [sorted(t.params.keys() - options.keys()) for t in complete]
-                if self.space is None and beside and beside[-1]:
+                if beside := self._beside(study, options):
                     raise Exhausted(
-                        f"{error}. Only parameters that all trials have are searched, "
-                        f"{sorted(set(itertools.chain.from_iterable(beside)))} are not: the space "
-                        "has to be flat"
+                        f"{error}. Only parameters that all trials have are searched, {beside} are "
+                        "not: the space has to be flat"
                     ) from None
                 raise
             except LookupError:
@@ -176,6 +172,13 @@ class FrontierSampler(BaseSampler):
                         "study.enqueue_trial, or by one option each in `space`"
                     ) from None
                 raise
+
+    def _beside(self, study: Study, options: Collection[str]) -> list[str]:
+        """What trials have beside the parameters that are searched, where the latest has, too."""
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if self.space is not None or not complete or complete[-1].params.keys() <= set(options):
+            return []
+        return sorted({name for t in complete for name in t.params}.difference(options))
 
     def _agreed(
         self, study: Study, trial: FrozenTrial, space: Space, rows: Trials, signs: Sequence[int]

@@ -187,8 +187,7 @@ class Slots:
 
     def _all_begun(self, trials: Sequence[Trial]) -> bool:
         """Whether no new trial is to come: from here, or from who was asked for more of them."""
-        stored = self.study.optuna.user_attrs[FACTS]["experiment"]["search"]["trials"]
-        return self.exhausted or len(trials) >= max(self.total, stored)
+        return self.exhausted or len(trials) >= max(self.total, self.study.asked)
 
     def _fresh(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
         slot = len(rows)

@@ -10,7 +10,7 @@ survive.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 import numpy as np
@@ -85,20 +85,22 @@ class ParetoHalving:
         """How many of the first trials are trained to the end whatever they show, and which rungs
         they have shown to rank as the end does (None: not known yet). While one does not, they are
         doubled, up to the most."""
-        for count in PROBES:
-            first = self._ended(count, trials)
-            if not first:
-                return count, None
-            trusted = [self.trusts(k, first) for k in range(len(self.rungs) - 1)]
-            if all(trusted):
-                break
-        return count, trusted
+        looks = list(self._looks(trials))
+        if looks and (all(looks[-1][1]) or len(looks) == len(PROBES)):
+            first, trusted = looks[-1]
+            return len(first), trusted
+        return PROBES[len(looks)], None
 
-    def _ended(self, count: int, trials: Sequence[Trial]) -> list[Trial]:
-        """The first trials, when so many have ended; else none."""
-        first = [t for t in trials if t.number < count]
-        done = len(first) == count and all(t.score or t.state == "failed" for t in first)
-        return first if done else []
+    def _looks(self, trials: Sequence[Trial]) -> Iterator[tuple[list[Trial], list[bool]]]:
+        """Each look at the probes that has been taken: at which, and which rungs it trusts."""
+        for count in PROBES:
+            first = [t for t in trials if t.number < count]
+            if len(first) < count or not all(t.score or t.state == "failed" for t in first):
+                return
+            trusted = [self.trusts(k, first) for k in range(len(self.rungs) - 1)]
+            yield first, trusted
+            if all(trusted):
+                return
 
     def trusts(self, level: int, trials: Sequence[Trial]) -> bool:
         """Whether the scored trials show that a rung ranks as the end does."""
@@ -139,27 +141,22 @@ class ParetoHalving:
     def notes(self, trials: Sequence[Trial]) -> list[str]:
         """What the probes have shown so far, for people."""
         told = [f"halving: the first {PROBES[0]} trials are trained to the end, as probes"]
-        for count, more in zip(PROBES, (*PROBES[1:], 0), strict=True):
-            if not (first := self._ended(count, trials)):
-                break
-            trusted = [self.trusts(k, first) for k in range(len(self.rungs) - 1)]
-            known = all(trusted) or not more
+        for first, trusted in self._looks(trials):
+            count = len(first)
+            known = all(trusted) or count == PROBES[-1]
             told.append(f"{count} probes have ended; rank correlation with the end:")
+            yes, no = "it ranks as the end does", "not seen to rank"
+            if known:
+                yes = f"one in {self.eta:g} goes on, one in {self.in_the_end:.3g} in the end"
+                no = "it stops nobody"
             for level, rung in enumerate(self.rungs[:-1]):
                 tau, chance = self.tau(level, first)
-                verdict = "it ranks as the end does" if trusted[level] else "not seen to rank"
-                if known and trusted[level]:
-                    verdict = (
-                        f"one in {self.eta:g} goes on, one in {self.in_the_end:.3g} in the end"
-                    )
-                elif known:
-                    verdict = "it stops nobody"
                 told.append(
-                    f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): {verdict}"
+                    f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): "
+                    + (yes if trusted[level] else no)
                 )
-            if known:
-                break
-            told.append(f"  to be sure, the first {more} trials are trained to the end")
+            if not known:
+                told.append(f"  to be sure, the first {2 * count} trials are trained to the end")
         return told
 
     def _cost(self, trial: Trial) -> list[float]:

@@ -74,6 +74,11 @@ class Study:
         self.config = Experiment.from_dict(stored, f"study '{self.name}'")
 
     @property
+    def asked(self) -> int:
+        """How many trials there are to be, as it is stored now."""
+        return int(self.optuna.user_attrs[FACTS]["experiment"]["search"]["trials"])
+
+    @property
     def trials(self) -> list[Trial]:
         return self.read(self.rows())
 
@@ -205,7 +210,7 @@ class Study:
     def edits(self, experiment: Experiment, free: Sequence[str]) -> list[str]:
         """What the experiment has otherwise than the study, but for the keys in `free`."""
         if experiment.search.stopping == self.config.search.stopping == "none":
-            free = (*free, "search.eta")  # which was another one where it is not given, once
+            free = (*free, "search.eta")  # it says nothing there, and its default was another once
         lines = differences(self.config.as_dict(), experiment.as_dict())
         return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 

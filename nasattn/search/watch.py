@@ -8,7 +8,7 @@ from nasattn.record import FINISHED
 from nasattn.search.display import Display, Worker
 from nasattn.search.lease import Watch
 from nasattn.search.outage import patiently
-from nasattn.search.study import FACTS, Study, finished
+from nasattn.search.study import Study, finished
 
 
 class Follower:
@@ -28,8 +28,7 @@ class Follower:
         facts = self.study.workers(self._watch)
         trials, display = self.study.trials, self.display
         workers, refused = described(facts), sum(f.get("refused", 0) for f in facts)
-        stored = self.study.optuna.user_attrs[FACTS]["experiment"]
-        total = int(stored["search"]["trials"])
+        total = self.study.asked
         if self._workers is None:
             display.begin(self.study, total)
         else:

@@ -172,8 +172,8 @@ class Search(Strict):
     """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted.
 
     stopping: pareto_halving trains every candidate to the first rung and one in eta on; when no new
-    one is to come, one in its square root. rungs: their epochs, the last those of the whole
-    training (default: those over eta, eta squared and so on, rounded, down to one epoch).
+    one is to come, one in two. rungs: their epochs, the last those of the whole training (default:
+    those over eta, eta squared and so on, rounded, down to one epoch; at least two).
     """
 
     sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
@@ -182,7 +182,7 @@ class Search(Strict):
     workers: Positive = 1
     population: Annotated[Int, Field(ge=2)] | None = None
     stopping: Literal["none", "pareto_halving"] = "none"
-    eta: Annotated[Float, Field(gt=1)] = 4.0
+    eta: Annotated[Float, Field(gt=1)] = 8.0
     rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=2)] | None = (
         None
     )
@@ -321,8 +321,8 @@ class Experiment(Strict):
                 )
         if stops and len(self.rungs) < 2:
             raise ValueError(
-                f"training.epochs: got {training.epochs}, of which search.eta {search.eta:g} "
-                "makes no second rung; allowed: more epochs, or a smaller eta"
+                f"training.epochs: got {training.epochs}, before which search.stopping has no "
+                "rung to stop at; allowed: 2 or more"
             )
         return self
 
@@ -344,7 +344,7 @@ class Experiment(Strict):
             return (epochs,)
         if search.rungs is not None:
             return search.rungs
-        found, part = {epochs}, epochs / search.eta
+        found, part = {epochs}, max(1.0, epochs / search.eta)
         while part >= 1:
             found.add(round(part))
             part /= search.eta

@@ -411,10 +411,11 @@ def halving(**search: object) -> Experiment:
 
 
 def test_rungs_of_halving() -> None:
-    assert halving().rungs == (2, 9)
+    assert halving().rungs == (1, 9)
     assert halving(eta=3).rungs == (1, 3, 9)
     assert halving(epochs=10, eta=2).rungs == (1, 2, 5, 10)
-    assert halving(epochs=50).rungs == (3, 12, 50)
+    assert halving(epochs=50, eta=4).rungs == (3, 12, 50)
+    assert halving(epochs=3).rungs == (1, 3), "no eighth of it is an epoch"
     assert halving(rungs=[2, 9]).rungs == (2, 9)
     assert halving(rungs=[2, 9]).as_dict()["search"]["rungs"] == [2, 9]
     assert halving(stopping="none", schedule="onecycle").rungs == (9,)
@@ -435,7 +436,7 @@ def test_rungs_of_halving() -> None:
         ({"rungs": [9]}, r"search.rungs: .*at least 2 items"),
         ({"rungs": [0, 9]}, r"search.rungs.*: got 0"),
         ({"rungs": [1, 9], "stopping": "none"}, "they are of use with search.stopping only"),
-        ({"epochs": 3}, r"training.epochs: got 3, .*no second rung"),
+        ({"epochs": 1}, r"training.epochs: got 1, .*no rung to stop at; allowed: 2 or more"),
         ({"eta": 1}, "search.eta: got 1; should be greater than 1"),
     ],
 )

@@ -485,7 +485,7 @@ def test_a_default_that_was_another_once_is_no_edit_where_it_says_nothing(write:
     lines = study.edits(now.model_copy(update=halves), ["search.trials"])
     assert lines == ["search.stopping: 'none' -> 'pareto_halving'"]
     study.config = study.config.model_copy(update=halves)
-    assert "search.eta: 3.0 -> 4.0" in study.edits(now, [])
+    assert "search.eta: 3.0 -> 8.0" in study.edits(now, [])
 
 
 def test_what_trains_is_loaded_before_a_trial_is_taken(

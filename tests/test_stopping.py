@@ -108,12 +108,12 @@ def test_one_in_eta_goes_on_and_equals_share_a_rank() -> None:
     assert len(survivors(0, first + [trial(8 + i, 100, 0.01) for i in range(12)])) == 8
 
 
-def test_in_the_end_more_go_on_down_to_one_in_the_root_of_eta() -> None:
+def test_in_the_end_more_go_on_down_to_one_in_two() -> None:
     """Nobody who goes on while new ones come is stopped then."""
     first = probed()
     more = [trial(8 + i, 100, 0.3 + i / 100) for i in range(16)]
     assert survivors(0, first + more)[8:] == [*range(23, 15, -1)], "24 / 3"
-    assert survivors(0, first + more, all_begun=True)[8:] == [*range(23, 9, -1)], "24 / 1.73"
+    assert survivors(0, first + more, all_begun=True)[8:] == [*range(23, 11, -1)], "24 / 2"
     trials = [*first, *more]
     trials[16:] = [replace(t, state="running") for t in trials[16:]]
     assert HALVING.promotable(trials, all_begun=False) is None
@@ -121,6 +121,7 @@ def test_in_the_end_more_go_on_down_to_one_in_the_root_of_eta() -> None:
     trials[12] = replace(trials[12], state="running")
     assert not HALVING.goes_on(trials[12], trials, all_begun=False)
     assert HALVING.goes_on(trials[12], trials, all_begun=True)
+    assert ParetoHalving(RUNGS, 1.5, ["macs"]).in_the_end == 1.5, "no fewer than before the end"
 
 
 def test_the_cheapest_do_not_survive_for_being_cheap() -> None:
@@ -158,7 +159,7 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
         assert (further in told) == (count < PROBES[-1])
         early = HALVING.notes(trials[:count])
         assert "\n".join(early) in told and ("stops nobody" in early[-2]) == (count == PROBES[-1])
-    told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, one in 1.73 in the end"
+    told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, one in 2 in the end"
     assert f"rung of 3 epochs: {told_of_second}" in told
 
 

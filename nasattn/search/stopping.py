@@ -1,15 +1,14 @@
 """Which candidates are trained on: asynchronous successive halving for several objectives.
 
-Every candidate is trained to the first rung, the best of each rung on to the next. When no new one
-is to come, those stopped before go on, the best first, until the better part of each rung has. All
-is derived from the study's rows and how many there are to be, so any number of workers, and those
+Every candidate is trained to the first rung, the best few of each rung on to the next. When no new
+one is to come, those stopped before go on, the best first, until the better half of each rung has.
+All is derived from the study's rows and how many there are to be, so any number of workers, and those
 that come later, decide alike.
 After Li et al. 2020 (ASHA, https://arxiv.org/abs/1810.05934), who have one objective; ranks within
 bands of cost are in its place here, since the cheapest network is never dominated and would always
 survive.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
@@ -25,13 +24,14 @@ PROBES = (8, 16, 32)  # so many first trials are trained to the end: they tell w
 # A rung is trusted by Kendall's tau from it to the end, if it is no less than this and chance alone
 # gives as much at most so often, each time that it is asked: by eight probes .3 one time in seven.
 TRUSTED, CHANCE = 0.3, 0.05
+END = 2.0  # of so many that reach a rung, one goes on when no new trial is to come
 BAND, BANDS = 12, 6  # trials that a band of cost needs, and the most bands there are
 
 
 class ParetoHalving:
     """rungs: epochs, the last those of the whole training; eta: of so many that reach a rung, one
-    goes on, and of the square root of so many in the end; costs: the metrics that are minimised
-    beside the accuracy. all_begun, of the methods: whether no new trial is to come."""
+    goes on while new trials come; costs: the metrics that are minimised beside the accuracy.
+    all_begun, of the methods: whether no new trial is to come."""
 
     def __init__(self, rungs: Sequence[int], eta: float, costs: Sequence[str]) -> None:
         self.rungs, self.eta, self.costs = tuple(rungs), eta, tuple(costs)
@@ -39,7 +39,7 @@ class ParetoHalving:
     @property
     def in_the_end(self) -> float:
         """Of so many that have reached a rung, one has gone on when the search is over."""
-        return math.sqrt(self.eta)
+        return min(self.eta, END)
 
     @classmethod
     def of(cls, experiment: Experiment) -> "ParetoHalving | None":
@@ -65,7 +65,7 @@ class ParetoHalving:
 
     def survivors(self, level: int, trials: Sequence[Trial], *, all_begun: bool) -> list[Trial]:
         """Who goes on from a rung (0: the first), best first: the probes, and of the others one in
-        `eta` (its root) of all that reached it. A rung that is not trusted stops nobody."""
+        `eta` (two in the end) of all that reached it. A rung that is not trusted stops nobody."""
         probes, trusted = self.probes(trials)
         here = [t for t in trials if len(reached(t)) > level]
         first = [t for t in here if t.number < probes]
@@ -147,7 +147,7 @@ class ParetoHalving:
             told.append(f"{count} probes have ended; rank correlation with the end:")
             yes, no = "it ranks as the end does", "not seen to rank"
             if known:
-                yes = f"one in {self.eta:g} goes on, one in {self.in_the_end:.3g} in the end"
+                yes = f"one in {self.eta:g} goes on, one in {self.in_the_end:g} in the end"
                 no = "it stops nobody"
             for level, rung in enumerate(self.rungs[:-1]):
                 tau, chance = self.tau(level, first)

@@ -38,8 +38,8 @@ class Files:
         return {}
 
     def marks(self, *paths: Path) -> list[list[str | int]]:
-        """What is not the same any more when a file there, or in a folder there, was written."""
-        inner = [file for path in paths for file in (path, *sorted(path.rglob("*")))]
+        """What is not the same any more when weights there, or in a folder there, were written."""
+        inner = [file for path in paths for file in (path, *sorted(path.rglob("*.safetensors")))]
         return [[file.name, file.stat().st_mtime_ns] for file in inner if file.is_file()]
 
 

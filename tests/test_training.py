@@ -430,6 +430,8 @@ made(candidate(), lambda share, _: print(share, flush=True), checkpoints=Path(sy
         worker.kill()
         worker.communicate()
         assert worker.returncode == -signal.SIGKILL
+        done = int((kept / "0" / checkpoint.STEP).read_text())
+        assert stop <= done / 18 < 1, "of 6 epochs of 3 steps: it tells where the kill fell"
     assert starts == sorted(starts) and starts[-1] > 1 / 3  # past an epoch that the first ended
     made = evaluator(data, home)
     made.prepare(quiet)

@@ -6,9 +6,10 @@ Where the training is not the matter a formula stands for it, and workers are fo
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nasattn import load_study
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment
 from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.evaluate.checkpoint import STEP
 from nasattn.evaluate.train import Tick
 from nasattn.pricing import Pricing
 from nasattn.record import Score
@@ -243,6 +245,29 @@ def test_a_trial_that_gets_further_each_time_does_not_fail(write: Write) -> None
         (folder / f"{epoch}.safetensors").write_text("as a training would leave it")
     assert rows(by_formula(path, 6)) == rows(whole)
     assert not folder.exists(), "a finished trial needs none"
+
+
+@pytest.mark.parametrize(
+    "steps", [range(7), [5, 5, 6, 5, 5], [5, None, 5, None], range(8), [5, 5, 5]]
+)
+def test_kills_from_outside_are_told_from_a_trial_that_kills(
+    write: Write, steps: Sequence[int | None]
+) -> None:
+    """The former fall at other steps each time, or (None) before the first."""
+    whole = by_formula(write("whole"), 6)
+    path, third = write("torn"), whole.trials[3].architecture.key
+    folder = path.parent / "runs" / "tiny" / "checkpoints" / "3" / "0"
+    for step in steps:
+        killed(path, 6, {third})
+        folder.mkdir(parents=True, exist_ok=True)
+        if step is not None:
+            (folder / STEP).write_text(str(step))
+    study = by_formula(path, 6)
+    if steps not in (range(8), [5, 5, 5]):
+        assert rows(study) == rows(whole)
+    else:
+        why = "8 times .* within one epoch" if len(steps) == 8 else "3 times .* at the same step"
+        assert study.trials[3].state == "failed" and re.search(why, study.trials[3].reason)
 
 
 def test_a_baseline_that_kills_its_worker_ends_the_search(write: Write) -> None:
@@ -614,8 +639,8 @@ def test_kills_within_real_trainings_lose_nothing(
     assert states == ({"scored"} if stopping == "none" else {"scored", "stopped"})
     rng, kills, step = random.Random(0), 0, 0
     while True:
-        # Never twice in a row before the end of an epoch: three times would fail the trial.
-        step = rng.choice([9, 11, 13, 16] + [3] * (step != 3))
+        # Also many times before the end of an epoch, but not at the same step each time.
+        step = rng.choice([s for s in (1, 2, 3, 4, 5, 9, 11, 13, 16) if s != step])
 
         def work(step: int = step) -> None:
             search, left = searching(path), [step]

@@ -5,10 +5,11 @@ to, and a checksum over all of this, so that a damaged or a foreign file is told
 """
 
 import json
+import os
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 from nasattn.files import Files, whole
 
 FORMAT = 1
+STEP = "step"  # a file beside the checkpoints: the last step that was done
 Point = Mapping[str, float]  # accuracies on the validation split: accuracy, top5
 
 
@@ -109,6 +111,24 @@ class Checkpoints:
             self.note(f"{path}: this checkpoint cannot be written: {error}")
         else:
             self.files.publish(path)
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[int], None]]:
+        """What is called with it leaves word on this disk of each step, so that others can see at
+        which one a process was killed. The file stays open, as on a network's disk to close it
+        would take longer than many a step."""
+        with ExitStack() as stack:
+            file = None
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((self.folder / STEP).open("wb", buffering=0))
+
+            def done(step: int) -> None:
+                if file:
+                    with suppress(OSError):
+                        os.pwrite(file.fileno(), b"%d" % step, 0)
+
+            yield done
 
     def _belongs(self) -> dict[str, Any]:
         read: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **self.belongs}))

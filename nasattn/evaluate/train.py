@@ -11,8 +11,8 @@ import re
 import time
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -67,11 +67,19 @@ class _Mean(EMAWeightAveraging):
 
 
 class _Keeper(Callback):
-    """Starts a leg from a State, makes one after every epoch, and tells how far the training is."""
+    """Starts a leg from a State, makes one after every epoch, and tells how far the training is.
+    done: called with each step that is."""
 
-    def __init__(self, state: State, until: int, mean: _Mean | None, run: "_Run") -> None:
+    def __init__(
+        self,
+        state: State,
+        until: int,
+        mean: _Mean | None,
+        run: "_Run",
+        done: Callable[[int], None],
+    ) -> None:
         self.state, self.start, self.until = state, state, until
-        self.mean, self.run = mean, run
+        self.mean, self.run, self.done = mean, run, done
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         put_optimizer(trainer.optimizers[0], self.state.part("optimizer"))
@@ -84,6 +92,7 @@ class _Keeper(Callback):
             put_generators(self.state.part("random"), self.state.random)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        self.done(pl_module.step)
         self._report(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -190,19 +199,20 @@ class _Run:
             layout=self.layout,
         )
         mean = _Mean(decay=self.schedule.ema) if self.schedule.ema else None
-        keeper = _Keeper(state, until, mean, self)
         aside = state.rung not in (None, self.schedule.epochs)
-        trainer = _trainer(
-            self.where,
-            self.schedule,
-            [mean, keeper] if mean else [keeper],
-            epochs=until - state.epoch,
-            validate_every=until - state.epoch if aside else 1,
-            batches=self.batches,
-        )
         size = self.schedule.batch_size
         train = self.data.loader("train", size, self.seed, first=state.epoch)
-        trainer.fit(classifier, train, self.data.loader("val", size, self.seed))
+        with self.checkpoints.steps() if self.checkpoints else nullcontext(_nobody) as done:
+            keeper = _Keeper(state, until, mean, self, done)
+            trainer = _trainer(
+                self.where,
+                self.schedule,
+                [mean, keeper] if mean else [keeper],
+                epochs=until - state.epoch,
+                validate_every=until - state.epoch if aside else 1,
+                batches=self.batches,
+            )
+            trainer.fit(classifier, train, self.data.loader("val", size, self.seed))
         return keeper.state
 
     def read(self, name: str) -> State | None:
@@ -211,6 +221,10 @@ class _Run:
     def write(self, state: State) -> None:
         if self.checkpoints:
             self.checkpoints.write(self.TRUNK if state.rung is None else self.DECAY, state)
+
+
+def _nobody(step: int) -> None:
+    """Is told of steps where there are no checkpoints."""
 
 
 def fit(

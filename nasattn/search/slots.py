@@ -16,6 +16,8 @@ from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nasattn.errors import TrialFailed
+from nasattn.evaluate.checkpoint import STEP
+from nasattn.files import Files
 from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial
 from nasattn.search.lease import TRIAL, TURN, WORKER, Lease, Leases, trial_lease
@@ -26,8 +28,9 @@ from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, Study, claim, re
 
 DEATHS, TOKEN = "deaths", "token"
 FIRST = "first"  # of a promoted trial: Optuna's id of the first of its rows
-MOST_DEATHS = 3  # workers that a training may take with it without having come any further
-KILLED = f"its worker was killed {MOST_DEATHS} times while it was evaluated"
+# So many workers die at the same step of a training, or at any since its last checkpoint, before it
+# is given up: what kills by itself does so at one step, a kill from outside falls anywhere.
+MOST_DEATHS, MOST_ANYWHERE = 3, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +164,15 @@ class Slots:
     def _died(self, row: FrozenTrial, trial: Trial) -> bool:
         """Count a worker's death at a trial; True when it was the last: the trial has failed."""
         folder, weights = self.checkpoints(trial.number), weights_file(self.study, trial.number)
-        at = self.study.files.marks(folder, weights)
-        deaths, last = _one_more(row.user_attrs.get(DEATHS), at)
-        self._storage.set_trial_user_attr(row._trial_id, DEATHS, deaths)
-        if not last:
+        put = partial(self._storage.set_trial_user_attr, row._trial_id, DEATHS)
+        before = row.user_attrs.get(DEATHS)
+        why = _one_more(before, put, self.study.files, folder, weights)
+        if not why:
             return False
         if trial.baseline:
-            raise TrialFailed(f"the plain backbone could not be trained: {KILLED}")
-        self.fail(Job(row._trial_id, trial, ""), KILLED, "")
-        self.note(f"trial {trial.number} failed: {KILLED}")
+            raise TrialFailed(f"the plain backbone could not be trained: {why}")
+        self.fail(Job(row._trial_id, trial, ""), why, "")
+        self.note(f"trial {trial.number} failed: {why}")
         return True
 
     def _promoted(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
@@ -289,21 +292,40 @@ def take_training(
     if not leases.left_by_dead(name, held):
         return ""
 
-    def count() -> bool:
+    def count() -> str:
         key = f"{DEATHS}:{name}"
-        deaths, last = _one_more(study.optuna.user_attrs.get(key), study.files.marks(files))
-        study.optuna.set_user_attr(key, deaths)
-        return last
+        put = partial(study.optuna.set_user_attr, key)
+        return _one_more(study.optuna.user_attrs.get(key), put, study.files, files)
 
-    return KILLED if patiently(count, note) else ""
+    return patiently(count, note)
 
 
-def _one_more(before: Mapping[str, Any] | None, at: Any) -> tuple[dict[str, Any], bool]:
-    """The deaths at one point, to be noted, by those noted before; whether they are too many, after
-    which they are counted anew. at: how far the training had come; one that had come further begins
-    a new count: then it was not what killed."""
-    count = 1 + (before["count"] if before and before.get("at") == at else 0)
-    return {"count": count % MOST_DEATHS, "at": at}, count >= MOST_DEATHS
+def _one_more(
+    before: Mapping[str, Any] | None,
+    put: Callable[[dict[str, Any]], None],
+    files: Files,
+    folder: Path,
+    *more: Path,
+) -> str:
+    """Count a worker's death at a training; why it is given up, if that is one too many, after
+    which they are counted anew, or the empty string. A training that has come to another checkpoint
+    begins a new count: then it was not what killed. before, put: the counts so far, and how they
+    are stored; folder: that of the checkpoints; more: what else tells that it has come further."""
+    at, steps = files.marks(folder, *more), sorted(folder.rglob(STEP))
+    step = [[file.parent.name, file.read_text()] for file in steps]
+    known = before if before and before.get("at") == at else {}
+    here = 1 + (known["count"] if known.get("step") == step else 0)
+    anywhere = 1 + known.get("anywhere", 0)
+    why = ""
+    if here >= MOST_DEATHS:
+        why = f"its worker was killed {here} times while it was evaluated, at the same step"
+    elif anywhere >= MOST_ANYWHERE:
+        why = f"its worker was killed {anywhere} times while it was evaluated, within one epoch"
+    count = {"count": 0, "anywhere": 0} if why else {"count": here, "anywhere": anywhere}
+    put({**count, "at": at, "step": step})
+    for file in steps:  # or the next death, before a first step, would be taken for one at this
+        file.unlink(missing_ok=True)
+    return why
 
 
 def weights_file(study: Study, number: int) -> Path:

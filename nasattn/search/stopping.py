@@ -2,8 +2,8 @@
 
 Every candidate is trained to the first rung, the best few of each rung on to the next. When no new
 one is to come, those stopped before go on, the best first, until the better half of each rung has.
-All is derived from the study's rows and how many there are to be, so any number of workers, and those
-that come later, decide alike.
+All is derived from the study's rows and how many there are to be, so any number of workers, and
+those that come later, decide alike.
 After Li et al. 2020 (ASHA, https://arxiv.org/abs/1810.05934), who have one objective; ranks within
 bands of cost are in its place here, since the cheapest network is never dominated and would always
 survive.

@@ -22,12 +22,12 @@ from nasattn.errors import TrialFailed, UserError
 from nasattn.evaluate import candidate
 from nasattn.evaluate.table import TableEvaluator
 from nasattn.record import Cost, Score, Trial
-from nasattn.search.display import Display
+from nasattn.search.display import Display, Worker, duration
 from nasattn.search.loop import Search
 from nasattn.search.opening import load_study
 from nasattn.search.samplers import SAMPLERS, Exhausted, Gate
 from nasattn.search.slots import Slots
-from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving
+from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving, reached
 from nasattn.search.study import Study
 from nasattn.search.watch import Follower
 from nasattn.search.workers import ended
@@ -234,6 +234,17 @@ def test_the_highest_rung_is_promoted_first_and_of_it_the_best() -> None:
     assert promoted == [10, 9, 8]
 
 
+def test_trainings_to_come_are_counted_from_those_that_may_go_on() -> None:
+    first = probed()
+    trials = first + [trial(8 + i, 100, 0.3 + i / 100) for i in range(16)]
+    assert HALVING.to_come(trials, 24) == [0, 12, 6], "24 / 2 of the first rung, half of them"
+    assert HALVING.to_come(trials, 34) == [10, 13, 6.5], "of 34, 8 probes and half of the others"
+    trials[23] = replace(trials[23], state="running")
+    assert HALVING.to_come(trials, 24) == [0, 12, 6]
+    assert HALVING.to_come(trials[:6], 24) == [18, 16 - 6, 12 - 6], "8 probes, half of 16, of 8"
+    assert HALVING.to_come([], 4) == [4, 4, 4], "probes"
+
+
 def test_samplers_see_a_stopped_trial_as_it_would_have_ended() -> None:
     trials = [*probed(), trial(8, 100, 0.5), trial(9, 100, 0.4, 0.95), trial(10, 100)]
     trials += [trial(11, 100, 0.6, state="running")]
@@ -297,6 +308,65 @@ def test_the_search_decides_as_the_simulation_does(
     order = [t.architecture for t in halved.trials]
     _, trials = simulate.halved(table, order, halving)
     assert told(trials) == told(halved.trials)
+
+
+def test_trainings_to_come_are_about_those_that_come(
+    halved: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import simulate
+
+    seen: list[tuple[int, list[int], list[float]]] = []
+
+    class Seen(ParetoHalving):
+        def promotable(self, trials: Sequence[Trial], *, all_begun: bool) -> Trial | None:
+            here = [sum(len(reached(t)) > k for t in trials) for k in range(3)]
+            seen.append((len(trials), here, self.to_come(trials, TRIALS)))
+            return super().promotable(trials, all_begun=all_begun)
+
+    config = halved.config
+    halving = Seen(config.rungs, config.search.eta, config.costs)
+    order = [t.architecture for t in halved.trials]
+    simulate.halved(simulate.Table(0, []), order, halving)
+    _, ended, left = seen[-1]
+    assert left == [0, 0, 0]
+    for begun, here, left in seen[:-1]:
+        assert left[0] == TRIALS - begun
+        for rung in (1, 2):
+            come = ended[rung] - here[rung]
+            assert abs(left[rung] - come) <= max(3, 0.5 * come), (begun, rung, left, come)
+    assert len(seen) > 40
+
+
+def test_the_end_of_halving_is_told_once_with_what_is_to_come(halved: Study) -> None:
+    """Nobody's training is new in it, so done of total says nothing of how long it takes."""
+    trials, rungs = list(halved.trials), halved.config.rungs
+    for t in trials[PROBES[-1] :]:
+        assert t.known is not None
+        early = replace(
+            t.known, rungs=t.known.rungs[:1], accuracy=t.known.rungs[0], epochs=rungs[0]
+        )
+        trials[t.number] = replace(t, state="stopped", score=None, partial=early)
+    halving = ParetoHalving.of(halved.config)
+    assert halving is not None
+    _, second, third = (round(n) for n in halving.to_come(trials, TRIALS))
+    assert second and third
+    text = io.StringIO()
+    display = Display(Console(file=text, width=200))
+    display.begin(halved, TRIALS)
+    begun = "all trials have begun; stopped ones go on, the best first"
+    assert begun not in text.getvalue()
+    display.show([Worker(task="trains")], trials, 0)
+    for number in (PROBES[-1], PROBES[-1] + 1):
+        display.end(trials[number], trials, 0)
+    assert text.getvalue().count(begun) == 1
+    display.console.print(display.panel())
+    assert f"about {second} to {rungs[1]} epochs, {third} to {rungs[2]} epochs" in text.getvalue()
+    seconds = sum(t.known.seconds for t in trials if t.known)
+    epochs = sum(rungs[len(reached(t)) - 1] for t in trials)
+    _, b, c = halving.to_come(trials, TRIALS)
+    legs = b * (rungs[1] - rungs[0]) + c * (rungs[2] - rungs[1])
+    assert f"about {duration(legs * seconds / epochs)} left" in text.getvalue()
 
 
 def test_who_looks_on_is_told_what_the_rungs_are_worth_once(halved: Study) -> None:

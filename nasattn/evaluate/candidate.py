@@ -173,7 +173,7 @@ class Evaluator:
     def seed(self, architecture: Architecture, repeat: int | str) -> int:
         return derive(self.experiment.search.seed, architecture.key, repeat)
 
-    def estimate(self, trainings: int, *, prepare: bool) -> float:
+    def estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds that so many candidates will take, from a few steps of the plain backbone. Blocks
         come on top, so it is a lower figure; prepare: with the backbone's own training."""
         training, few = self.experiment.training, 8

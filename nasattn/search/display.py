@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nasattn.record import Trial
-from nasattn.search.stopping import ParetoHalving
+from nasattn.search.stopping import ParetoHalving, reached
 from nasattn.search.study import Study, accuracy, finished
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -127,7 +128,9 @@ class Display:
         self.workers: Sequence[Worker] = ()
         self.refused = 0
         self._redrawn = 0.0
+        self._to_come: tuple[Any, list[float]] = (None, [])
         self._told = 0  # lines of what the rungs are worth, which only grow
+        self._ending = False  # whether it was told that the end of halving has begun
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -215,6 +218,13 @@ class Display:
         share = bar(done / max(1, self.total), 24)
         grid.add_row("trials", Text.assemble(share, f"  {done}/{self.total}  {told}"))
         self._add_results(grid)
+        if any(coming := [round(count) for count in self._coming()]):
+            assert self._halving is not None
+            rungs = self._halving.rungs
+            told = ", ".join(
+                f"{n:,} to {r} epochs" for n, r in zip(coming, rungs, strict=True) if n
+            )
+            grid.add_row("to come", Text(f"about {told}"))
         if left := self._left():
             grid.add_row("time", Text(left))
         if self.refused:
@@ -244,7 +254,7 @@ class Display:
 
     def _add_workers(self, grid: Table) -> None:
         """As many as there is room for."""
-        shown = self.workers[: max(1, self.console.height - 12 - FAILURES)]
+        shown = self.workers[: max(1, self.console.height - 13 - FAILURES)]
         for worker in shown:
             done = f"{worker.share:>4.0%}" if worker.share else "    "
             last = f"{worker.accuracy:.4f}" if worker.accuracy is not None else " " * 6
@@ -268,19 +278,43 @@ class Display:
 
     def _left(self) -> str:
         """How long the rest may take, from the trainings so far; empty where nothing tells."""
+        known = [t.known for t in self.trials if t.known]
         left = self.total - finished(self.trials) - sum(w.share for w in self.workers)
-        spent = [t.score.seconds for t in self.trials if t.score]
-        if left <= 0 or not spent or not self.workers:
+        done = float(sum(t.score is not None for t in self.trials))
+        if halving := self._halving:  # in epochs, for most trials take only a part of them
+            left = halving.epochs(self._coming())
+            done = sum(halving.rungs[len(score.rungs) - 1] for score in known)
+        else:
+            known = [t.score for t in self.trials if t.score]
+        if left <= 0 or not done or not self.workers:
             return ""
-        return f"about {duration(left * sum(spent) / len(spent) / len(self.workers))} left"
+        spent = sum(score.seconds for score in known)
+        return f"about {duration(left * spent / done / len(self.workers))} left"
+
+    @property
+    def _halving(self) -> ParetoHalving | None:
+        return ParetoHalving.of(self.study.config) if self.study else None
+
+    def _coming(self) -> list[float]:
+        """Trainings that are to come to each rung; empty without halving. To rank thousands takes a
+        while, so only when something has changed."""
+        if (halving := self._halving) is None:
+            return []
+        seen = self.total, [(t.state, len(reached(t))) for t in self.trials]
+        if seen != self._to_come[0]:
+            self._to_come = seen, halving.to_come(self.trials, self.total)
+        return self._to_come[1]
 
     def _tell_rungs(self) -> None:
-        """What the probes of halving have shown, once."""
-        halving = ParetoHalving.of(self.study.config) if self.study else None
+        """What the probes of halving have shown, and that its end has begun; each once."""
+        halving = self._halving
         lines = halving.notes(self.trials) if halving else []
         for text in lines[self._told :]:
             self.note(text)
         self._told = max(self._told, len(lines))
+        if not self._ending and len(self.trials) >= self.total and any(self._coming()[1:]):
+            self.note("all trials have begun; stopped ones go on, the best first")
+            self._ending = True
 
     def _draw(self, at_once: bool = True) -> None:
         """at_once: even if the panel was drawn a moment ago, as no later event may follow."""

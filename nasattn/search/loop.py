@@ -93,7 +93,6 @@ class Search:
                 self.announce(total)
                 self._have_backbone()
             elif self.study.promotable():
-                self.display.note("all trials have begun; stopped ones go on, the best first")
                 self._have_backbone()
             self.display.begin(self.study, total)
             self._work(total)
@@ -143,10 +142,13 @@ class Search:
             note("the plain backbone's weights are gone: it is trained again")
         seconds = [t.score.seconds for t in trials if t.score]
         left = total - done
+        whole: float = left
+        if halving := self.stopping:  # most take only a part of the epochs
+            whole = halving.epochs(halving.to_come(trials, total)) / halving.rungs[-1]
         if seconds and not prepare:
-            estimate = left * sum(seconds) / len(seconds)
+            estimate = whole * sum(seconds) / len(seconds)
         else:
-            estimate = self._estimate(left, prepare=prepare)
+            estimate = self._estimate(whole, prepare=prepare)
         seeds = self.experiment.training.seeds
         about = f", about {duration(estimate / workers)}" if estimate else ""
         note(
@@ -154,7 +156,7 @@ class Search:
             "on"
         )
 
-    def _estimate(self, trainings: int, *, prepare: bool) -> float:
+    def _estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds; zero where a few steps of an untrained network do not tell."""
         try:
             return self.evaluator.estimate(trainings, prepare=prepare)

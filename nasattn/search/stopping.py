@@ -10,6 +10,7 @@ survive.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import fmean, median
 
 import numpy as np
@@ -137,6 +138,34 @@ class ParetoHalving:
         usual = [median(self._gains(k, trials) or [0.0]) for k in range(len(self.rungs))]
         partial = [(t, reached(t)) for t in trials if t.state in ("stopped", "running")]
         return {t.number: min(1.0, r[-1] + usual[len(r) - 1]) for t, r in partial if r}
+
+    def to_come(self, trials: Sequence[Trial], total: int) -> list[float]:
+        """About how many trials, of `total` in all, will still be trained to each rung."""
+        comes, found = float(max(0, total - len(trials))), list[float]()
+        for level in range(len(self.rungs)):
+            comes += sum(t.state == "running" and len(reached(t)) == level for t in trials)
+            found.append(comes)
+            if level < len(self.rungs) - 1:
+                comes = self._leave(level, comes, trials, total)
+        return found
+
+    def epochs(self, coming: Sequence[float]) -> float:
+        """Of so many trainings to each rung, without their decays."""
+        return sum(
+            n * (b - a) for n, (a, b) in zip(coming, pairwise((0, *self.rungs)), strict=True)
+        )
+
+    def _leave(self, level: int, comes: float, trials: Sequence[Trial], total: int) -> float:
+        """About how many will leave a rung for the next one, to which so many will still come."""
+        probes, trusted = self.probes(trials)
+        share = 1.0 if trusted and not trusted[level] else 1 / self.in_the_end
+        if len(trials) >= total:
+            best = self.survivors(level, trials, all_begun=True)
+            return share * comes + sum(t.state == "stopped" and at(t, level) for t in best)
+        here = [t for t in trials if len(reached(t)) > level]
+        left = sum(t.state != "stopped" or not at(t, level) for t in here)
+        every = len(here) + comes
+        return max(0.0, min(probes, every) + share * max(0.0, every - probes) - left)
 
     def notes(self, trials: Sequence[Trial]) -> list[str]:
         """What the probes have shown so far, for people."""

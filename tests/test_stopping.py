@@ -21,6 +21,7 @@ from nasattn.config import Experiment
 from nasattn.errors import TrialFailed, UserError
 from nasattn.evaluate import candidate
 from nasattn.evaluate.table import TableEvaluator
+from nasattn.pareto import non_dominated
 from nasattn.record import Cost, Score, Trial
 from nasattn.search.display import Display, Worker, duration
 from nasattn.search.loop import Search
@@ -242,7 +243,24 @@ def test_trainings_to_come_are_counted_from_those_that_may_go_on() -> None:
     trials[23] = replace(trials[23], state="running")
     assert HALVING.to_come(trials, 24) == [0, 12, 6]
     assert HALVING.to_come(trials[:6], 24) == [18, 16 - 6, 12 - 6], "8 probes, half of 16, of 8"
-    assert HALVING.to_come([], 4) == [4, 4, 4], "probes"
+    probes = [replace(trial(n, 100), state="running") for n in range(4)]
+    assert HALVING.to_come([], 4) == HALVING.to_come(probes, 4) == [4, 4, 4]
+    last = replace(trial(7, 100, 0.2), state="running")
+    assert HALVING.to_come([*first[:7], last], 8) == [0, 1, 1]
+
+
+def test_ranks_are_those_of_fronts_that_are_peeled_off() -> None:
+    rng = random.Random(0)
+    for count in (1, 5, 40, 200):
+        some = [trial(n, rng.randrange(9), rng.randrange(20) / 20) for n in range(count)]
+        left = np.array([[band, -reached(t)[0]] for band, t in HALVING._banded(some)])
+        fronts, front = np.full(count, -1), 0
+        while (fronts < 0).any():
+            inside = np.flatnonzero(fronts < 0)
+            fronts[inside[non_dominated(left[inside])]] = front
+            front += 1
+        before = [(fronts < f).sum() + ((fronts == f).sum() - 1) / 2 for f in fronts]
+        assert HALVING._ranks(0, some).tolist() == before
 
 
 def test_samplers_see_a_stopped_trial_as_it_would_have_ended() -> None:

@@ -4,6 +4,7 @@ rungs are annealed points of one trunk."""
 import gc
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -430,13 +431,32 @@ made(candidate(), lambda share, _: print(share, flush=True), checkpoints=Path(sy
         worker.kill()
         worker.communicate()
         assert worker.returncode == -signal.SIGKILL
-        done = int((kept / "0" / checkpoint.STEP).read_text())
+        done = int((kept / "0" / checkpoint.STEP).read_text().split("+")[0])
         assert stop <= done / 18 < 1, "of 6 epochs of 3 steps: it tells where the kill fell"
     assert starts == sorted(starts) and starts[-1] > 1 / 3  # past an epoch that the first ended
     made = evaluator(data, home)
     made.prepare(quiet)
     assert same(made(candidate(), quiet, checkpoints=kept), expected)
     assert made.notes == []  # type: ignore[attr-defined]
+
+
+def test_each_step_leaves_word_while_it_is_the_last(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of training and of validation, in each repeat; only a kill leaves it."""
+    made = evaluator(data, tmp_path, training=TRAINING | {"epochs": 2, "seeds": 2})
+    made.prepare(quiet)
+    kept, words, write = tmp_path / "kept", list[str](), os.pwrite
+
+    def pwrite(file: int, text: bytes, at: int) -> int:
+        written = write(file, text, at)
+        words.extend(path.read_text().strip() for path in kept.rglob(checkpoint.STEP))
+        return written
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    made(candidate(), quiet, checkpoints=kept)
+    assert words == 2 * ["1", "2", "3", "3+0", "3+1", "4", "5", "6", "6+0", "6+1"]
+    assert not [*kept.rglob(checkpoint.STEP)]
 
 
 @pytest.mark.slow

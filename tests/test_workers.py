@@ -723,6 +723,43 @@ def test_a_killed_worker_is_replaced(
     assert len(evaluated) == len(set(evaluated)) == 20
 
 
+def test_two_trials_that_kill_end_no_crew(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two workers in turn, at another step each time."""
+    monkeypatch.setattr(loop, "Evaluator", lambda *a: Formula())
+    bad = {t.architecture.key for t in by_formula(write("whole"), 8).trials[3:5]}
+    path, started = write("torn"), [0]
+    monkeypatch.setattr(workers, "LOOK", 0.02)
+
+    class Deadly(Formula):
+        def __call__(self, architecture: Architecture, *rest: Any, **options: Any) -> Any:
+            if architecture.key in bad:
+                folder = options["checkpoints"] / "0"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / STEP).write_text(str(started[0]))
+                time.sleep(0.4)  # so that the other worker takes the other one meanwhile
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(architecture, *rest, **options)
+
+    class Launcher:
+        def start(self, command: Any, index: int, log: Path, env: Any) -> ForkProcess:
+            started[0] += 1
+
+            def work() -> None:
+                search = searching(path)
+                search.evaluator = Deadly()  # type: ignore[assignment]
+                search.run(8)
+
+            return ForkProcess(forked(work))
+
+    display = Display(Console(quiet=True))
+    study = workers.search_with(searching(path).experiment, 8, 2, display, Launcher())
+    states = [t.state for t in study.trials]
+    assert states == ["scored"] * 3 + ["failed"] * 2 + ["scored"] * 3
+    assert all("8 times" in t.reason for t in study.trials[3:5])
+
+
 def test_workers_that_stop_by_themselves_are_not_replaced(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

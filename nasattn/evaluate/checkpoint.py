@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from nasattn.files import Files, whole
 
 FORMAT = 1
-STEP = "step"  # a file beside the checkpoints: the last step that was done
+STEP = "step"  # a file beside the checkpoints: the last step that was done, where one is under way
 Point = Mapping[str, float]  # accuracies on the validation split: accuracy, top5
 
 
@@ -113,22 +113,27 @@ class Checkpoints:
             self.files.publish(path)
 
     @contextmanager
-    def steps(self) -> Iterator[Callable[[int], None]]:
-        """What is called with it leaves word on this disk of each step, so that others can see at
-        which one a process was killed. The file stays open, as on a network's disk to close it
-        would take longer than many a step."""
+    def steps(self) -> Iterator[Callable[[str], None]]:
+        """What it yields leaves word on this disk of each step that is done, so that others can see
+        at which one a process was killed: only a kill leaves the file. It stays open, as on a
+        network's disk to close it would take longer than many a step."""
+        path = self.folder / STEP
         with ExitStack() as stack:
             file = None
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((self.folder / STEP).open("wb", buffering=0))
+                file = stack.enter_context(path.open("wb", buffering=0))
 
-            def done(step: int) -> None:
+            def done(step: str) -> None:
                 if file:
                     with suppress(OSError):
-                        os.pwrite(file.fileno(), b"%d" % step, 0)
+                        os.pwrite(file.fileno(), f"{step:24}".encode(), 0)
 
-            yield done
+            try:
+                yield done
+            finally:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _belongs(self) -> dict[str, Any]:
         read: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **self.belongs}))

@@ -52,7 +52,7 @@ class TableEvaluator:
     def prepare(self, tick: Tick) -> bool:
         return False
 
-    def estimate(self, trainings: int, *, prepare: bool) -> float:
+    def estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds, as they were when the table was made."""
         each = [float(row["seconds"]) for rows in self.rows.values() for row in rows.values()]
         return trainings * sum(each) / max(1, len(each))

@@ -68,7 +68,7 @@ class _Mean(EMAWeightAveraging):
 
 class _Keeper(Callback):
     """Starts a leg from a State, makes one after every epoch, and tells how far the training is.
-    done: called with each step that is."""
+    done: called with each step that is, of training or validation."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class _Keeper(Callback):
         until: int,
         mean: _Mean | None,
         run: "_Run",
-        done: Callable[[int], None],
+        done: Callable[[str], None],
     ) -> None:
         self.state, self.start, self.until = state, state, until
         self.mean, self.run, self.done = mean, run, done
@@ -92,8 +92,13 @@ class _Keeper(Callback):
             put_generators(self.state.part("random"), self.state.random)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
-        self.done(pl_module.step)
+        self.done(f"{pl_module.step}")
         self._report(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *rest: Any
+    ) -> None:
+        self.done(f"{pl_module.step}+{index}")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = self.state.epoch + 1
@@ -223,7 +228,7 @@ class _Run:
             self.checkpoints.write(self.TRUNK if state.rung is None else self.DECAY, state)
 
 
-def _nobody(step: int) -> None:
+def _nobody(step: str) -> None:
     """Is told of steps where there are no checkpoints."""
 
 

@@ -278,14 +278,16 @@ class Display:
 
     def _left(self) -> str:
         """How long the rest may take, from the trainings so far; empty where nothing tells."""
-        known = [t.known for t in self.trials if t.known]
-        left = self.total - finished(self.trials) - sum(w.share for w in self.workers)
-        done = float(sum(t.score is not None for t in self.trials))
+        shares = sum(w.share for w in self.workers)
         if halving := self._halving:  # in epochs, for most trials take only a part of them
-            left = halving.epochs(self._coming())
+            known = [t.known for t in self.trials if t.known]
             done = sum(halving.rungs[len(score.rungs) - 1] for score in known)
+            coming = self._coming()
+            left = halving.epochs(coming) * (1 - shares / max(1.0, sum(coming)))
         else:
             known = [t.score for t in self.trials if t.score]
+            done = len(known)
+            left = self.total - finished(self.trials) - shares
         if left <= 0 or not done or not self.workers:
             return ""
         spent = sum(score.seconds for score in known)
@@ -296,8 +298,8 @@ class Display:
         return ParetoHalving.of(self.study.config) if self.study else None
 
     def _coming(self) -> list[float]:
-        """Trainings that are to come to each rung; empty without halving. To rank thousands takes a
-        while, so only when something has changed."""
+        """Trainings that are to come to each rung; empty without halving. Counted anew only when
+        something has changed: thousands have to be ranked."""
         if (halving := self._halving) is None:
             return []
         seen = self.total, [(t.state, len(reached(t))) for t in self.trials]
@@ -312,7 +314,8 @@ class Display:
         for text in lines[self._told :]:
             self.note(text)
         self._told = max(self._told, len(lines))
-        if not self._ending and len(self.trials) >= self.total and any(self._coming()[1:]):
+        begun = halving and not self._ending and len(self.trials) >= self.total
+        if begun and halving and halving.promotable(self.trials, all_begun=True):
             self.note("all trials have begun; stopped ones go on, the best first")
             self._ending = True
 

@@ -29,7 +29,7 @@ from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, Study, claim, re
 DEATHS, TOKEN = "deaths", "token"
 FIRST = "first"  # of a promoted trial: Optuna's id of the first of its rows
 # So many workers die at the same step of a training, or at any since its last checkpoint, before it
-# is given up: what kills by itself does so at one step, a kill from outside falls anywhere.
+# is given up: what kills by itself does so at one step, kills from outside fall at many.
 MOST_DEATHS, MOST_ANYWHERE = 3, 8
 
 
@@ -310,21 +310,26 @@ def _one_more(
     """Count a worker's death at a training; why it is given up, if that is one too many, after
     which they are counted anew, or the empty string. A training that has come to another checkpoint
     begins a new count: then it was not what killed. before, put: the counts so far, and how they
-    are stored; folder: that of the checkpoints; more: what else tells that it has come further."""
+    are stored; folder: that of the checkpoints; more: what else tells that it has come further.
+    Deaths on disks that this process does not see all count as at one step, the unknown."""
     at, steps = files.marks(folder, *more), sorted(folder.rglob(STEP))
-    step = [[file.parent.name, file.read_text()] for file in steps]
+    step = []
+    with suppress(OSError):
+        step = [[file.parent.name, file.read_text().strip()] for file in steps]
     known = before if before and before.get("at") == at else {}
     here = 1 + (known["count"] if known.get("step") == step else 0)
     anywhere = 1 + known.get("anywhere", 0)
     why = ""
     if here >= MOST_DEATHS:
-        why = f"its worker was killed {here} times while it was evaluated, at the same step"
+        why = f"its worker was killed {here} times while it was evaluated"
+        why += ", at the same step" if step else ""
     elif anywhere >= MOST_ANYWHERE:
         why = f"its worker was killed {anywhere} times while it was evaluated, within one epoch"
     count = {"count": 0, "anywhere": 0} if why else {"count": here, "anywhere": anywhere}
     put({**count, "at": at, "step": step})
-    for file in steps:  # or the next death, before a first step, would be taken for one at this
-        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        for file in steps:  # or the next death, before a first step, is taken for one at this
+            file.unlink(missing_ok=True)
     return why
 
 

@@ -9,6 +9,7 @@ bands of cost are in its place here, since the cheapest network is never dominat
 survive.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean, median
@@ -17,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nasattn.config import Experiment
-from nasattn.pareto import non_dominated
 from nasattn.record import Trial
 from nasattn.uncertainty import kendall
 
@@ -160,8 +160,11 @@ class ParetoHalving:
         probes, trusted = self.probes(trials)
         share = 1.0 if trusted and not trusted[level] else 1 / self.in_the_end
         if len(trials) >= total:
+            on_the_way = [t for t in trials if t.state == "running" and len(reached(t)) <= level]
+            whole = sum(t.number < probes for t in on_the_way)
             best = self.survivors(level, trials, all_begun=True)
-            return share * comes + sum(t.state == "stopped" and at(t, level) for t in best)
+            stopped = sum(t.state == "stopped" and at(t, level) for t in best)
+            return whole + share * (comes - whole) + stopped
         here = [t for t in trials if len(reached(t)) > level]
         left = sum(t.state != "stopped" or not at(t, level) for t in here)
         every = len(here) + comes
@@ -201,13 +204,13 @@ class ParetoHalving:
         from scipy.stats import rankdata
 
         points = np.array([[band, -reached(t)[level]] for band, t in self._banded(trials)])
-        fronts = np.zeros(len(points))
-        left, front = np.arange(len(points)), 0
-        while len(left):
-            mask = non_dominated(points[left])
-            fronts[left[mask]] = front
-            left, front = left[~mask], front + 1
-        return np.asarray(rankdata(fronts) - 1)
+        different, places = np.unique(points, axis=0, return_inverse=True)
+        fronts, least = [], list[float]()  # the least error on each front, of those looked at
+        for _, error in different.tolist():  # by band, and within it the best first
+            front = bisect_right(least, error)
+            fronts.append(front)
+            least[front : front + 1] = [error]
+        return np.asarray(rankdata(np.array(fronts)[places.reshape(-1)]) - 1)
 
     def _banded(self, trials: Sequence[Trial]) -> list[tuple[float, Trial]]:
         """Each trial with its band, of about as many trials each; several costs by the mean of

@@ -20,7 +20,7 @@ from nasattn.search.watch import Follower
 
 LOOK = 0.5  # seconds between two looks at the processes and the database
 FAREWELL = 60.0  # seconds for a clean end before a process is killed
-MOST_IN_A_ROW = 10  # workers killed in a row with nothing finished meanwhile
+MOST_IN_A_ROW = 10  # of each worker's deaths in a row with nothing finished meanwhile
 REST = 5.0  # seconds in which the workers of a complete study end by themselves
 
 
@@ -41,6 +41,7 @@ class Crew:
         self.processes: dict[int, Process] = {}
         self.last_words = ""
         self._deaths, self._finished = 0, 0
+        self._most = MOST_IN_A_ROW * count  # each may have met a trial that kills, in its turn
         try:
             for index in range(count):
                 self.processes[index] = self._start(index)
@@ -59,7 +60,7 @@ class Crew:
                 self._deaths = 1 + (self._deaths if done == self._finished else 0)
                 self._finished = done
                 self.last_words = f"worker {index} ({process.where}) was killed by signal {-code}"
-                if self._deaths < MOST_IN_A_ROW:
+                if self._deaths < self._most:
                     self.last_words += self._replace(index)
                 self.note(self.last_words)
                 if index in self.processes:

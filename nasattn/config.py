@@ -172,8 +172,9 @@ class Search(Strict):
     """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted.
 
     stopping: pareto_halving trains every candidate to the first rung and one in eta on; when no new
-    one is to come, one in two, or in eta if that is less. rungs: their epochs, the last those of the whole training (default:
-    those over eta, eta squared and so on, rounded, down to one epoch; at least two).
+    one is to come, one in two, or in eta if that is less. rungs: their epochs, the last those of
+    the whole training (default: those over eta, eta squared and so on, rounded, down to one epoch;
+    at least two).
     """
 
     sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nasattn.record import Trial
-from nasattn.search.stopping import ParetoHalving, reached
+from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import Study, accuracy, finished
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -128,7 +127,7 @@ class Display:
         self.workers: Sequence[Worker] = ()
         self.refused = 0
         self._redrawn = 0.0
-        self._to_come: tuple[Any, list[float]] = (None, [])
+        self._to_come: tuple[list[Trial] | None, list[float]] = (None, [])
         self._told = 0  # lines of what the rungs are worth, which only grow
         self._ending = False  # whether it was told that the end of halving has begun
 
@@ -218,13 +217,10 @@ class Display:
         share = bar(done / max(1, self.total), 24)
         grid.add_row("trials", Text.assemble(share, f"  {done}/{self.total}  {told}"))
         self._add_results(grid)
-        if any(coming := [round(count) for count in self._coming()]):
-            assert self._halving is not None
-            rungs = self._halving.rungs
-            told = ", ".join(
-                f"{n:,} to {r} epochs" for n, r in zip(coming, rungs, strict=True) if n
-            )
-            grid.add_row("to come", Text(f"about {told}"))
+        if halving := self._halving:
+            coming = zip(map(round, self._coming(halving)), halving.rungs, strict=True)
+            if told := ", ".join(f"{n:,} to {rung} epochs" for n, rung in coming if n):
+                grid.add_row("to come", Text(f"about {told}"))
         if left := self._left():
             grid.add_row("time", Text(left))
         if self.refused:
@@ -282,7 +278,7 @@ class Display:
         if halving := self._halving:  # in epochs, for most trials take only a part of them
             known = [t.known for t in self.trials if t.known]
             done = sum(halving.rungs[len(score.rungs) - 1] for score in known)
-            coming = self._coming()
+            coming = self._coming(halving)
             left = halving.epochs(coming) * (1 - shares / max(1.0, sum(coming)))
         else:
             known = [t.score for t in self.trials if t.score]
@@ -297,14 +293,11 @@ class Display:
     def _halving(self) -> ParetoHalving | None:
         return ParetoHalving.of(self.study.config) if self.study else None
 
-    def _coming(self) -> list[float]:
-        """Trainings that are to come to each rung; empty without halving. Counted anew only when
-        something has changed: thousands have to be ranked."""
-        if (halving := self._halving) is None:
-            return []
-        seen = self.total, [(t.state, len(reached(t))) for t in self.trials]
-        if seen != self._to_come[0]:
-            self._to_come = seen, halving.to_come(self.trials, self.total)
+    def _coming(self, halving: ParetoHalving) -> list[float]:
+        """Trainings that are to come to each rung. Counted once for the trials as they are shown,
+        not at each drawing: thousands have to be ranked."""
+        if self._to_come[0] is not self.trials:
+            self._to_come = self.trials, halving.to_come(self.trials, self.total)
         return self._to_come[1]
 
     def _tell_rungs(self) -> None:
@@ -314,10 +307,11 @@ class Display:
         for text in lines[self._told :]:
             self.note(text)
         self._told = max(self._told, len(lines))
-        begun = halving and not self._ending and len(self.trials) >= self.total
-        if begun and halving and halving.promotable(self.trials, all_begun=True):
-            self.note("all trials have begun; stopped ones go on, the best first")
-            self._ending = True
+        all_begun = len(self.trials) >= self.total
+        if halving and all_begun and not self._ending:
+            self._ending = halving.promotable(self.trials, all_begun=True) is not None
+            if self._ending:
+                self.note("all trials have begun; stopped ones go on, the best first")
 
     def _draw(self, at_once: bool = True) -> None:
         """at_once: even if the panel was drawn a moment ago, as no later event may follow."""

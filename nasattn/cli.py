@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -456,6 +456,9 @@ def main() -> None:
     except UserError as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(2)
+    except DeviceLost as error:
+        print(f"nasattn: {error}", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except (TrialFailed, Stopped) as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(1)

@@ -204,13 +204,23 @@ class Final(Strict):
 
 
 class TrainerFile(Strict):
-    """Where the training runs. threads: of one process on the CPU."""
+    """Where a training runs. threads: of one process on the CPU. devices: always one."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    devices: Positive = 1
+    devices: int = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     channels_last: bool = True
     threads: Positive = 1
+
+    @field_validator("devices")
+    @classmethod
+    def _one_device(cls, devices: int) -> int:
+        if devices != 1:
+            raise ValueError(
+                f"got {devices}; allowed: 1, as each candidate is trained on one device; for "
+                "candidates on several devices at once: `nasattn search --workers N`"
+            )
+        return devices
 
 
 class Experiment(Strict):

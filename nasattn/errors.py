@@ -19,6 +19,11 @@ class Stopped(Exception):
     """The work cannot go on for now, and nothing is lost: the message says why. Exit code 1."""
 
 
+class DeviceLost(Stopped):
+    """An error after which the GPU is of no use to this process, but to a new one. The command
+    line goes on as one."""
+
+
 def reason(error: Exception) -> str:
     """What is recorded of an evaluation that failed: a known reason, or the error with its type."""
     return str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"

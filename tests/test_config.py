@@ -157,6 +157,7 @@ BROKEN: list[tuple[str, str, str, tuple[str, ...]]] = [
         "13: trainer.channels_last",
         ("got 'on'; ", "bool"),
     ),
+    ("{accelerator: cpu}", "{devices: 2}", "13: trainer.devices", ("got 2; ", "1", "--workers N")),
     (
         "{name: cued_digits, train: 16000, noise: 0.1}",
         "x",

@@ -292,13 +292,13 @@ def sbatch(trainer: TrainerFile, *options: str) -> str:
 def test_sbatch_gets_the_options() -> None:
     options = ["partition=gpu", "account=me", "qos=low", "constraint=a100", "exclude=n1", "mem=8GB"]
     setup = ["setup=module load cuda", "setup=ulimit -n 4096"]
-    script = sbatch(TrainerFile(accelerator="gpu", devices=2, threads=3), *options, *setup)
+    script = sbatch(TrainerFile(accelerator="gpu", threads=3), *options, *setup)
     lines = script.splitlines()
     for pair in options:
         assert f"#SBATCH --{pair}" in lines
     assert "#SBATCH --time=240" in lines
     assert "#SBATCH --cpus-per-task=3" in lines
-    assert "#SBATCH --gpus-per-node=2" in lines
+    assert "#SBATCH --gpus-per-node=1" in lines
     assert "#SBATCH --no-requeue" in lines
     assert lines.index("module load cuda") + 1 == lines.index("ulimit -n 4096")
     assert "--cpus-per-task=3" in lines[-1], "srun takes it from its own arguments only"
@@ -393,5 +393,4 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert visible_devices(TrainerFile(accelerator="gpu")) == ["4", "5", "6", "7"]
-    assert visible_devices(TrainerFile(devices=2)) == ["4,5", "6,7"]
     assert visible_devices(TrainerFile(accelerator="cpu")) == []

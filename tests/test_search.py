@@ -658,6 +658,47 @@ main()
 """
 
 
+# After trial 2 nothing can be trained by that process, as after an illegal address on a GPU.
+LOST = """
+import torch
+from nasattn.cli import main
+from nasattn.evaluate.candidate import Evaluator
+from nasattn.search.loop import Search
+tick, lost = Search._tick, {lost}
+def failing(self, share, accuracy):
+    global lost
+    lost = lost or self.leases.doing.get("slot") == 2
+    if lost and self.leases.doing.get("slot"):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    tick(self, share, accuracy)
+Search._tick = failing
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_lost_to_the_process_fails_one_trial(write: Write) -> None:
+    """The command goes on as a new process. Where that does not help it ends."""
+    path = write(training={"epochs": 1, "batch_size": 32})
+    storage = f"sqlite:///{path.parent}/runs/tiny.db"
+    command = [sys.executable, "-c", LOST.format(lost=False), "search", str(path), "--trials", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    trials = load_study(storage, "tiny").trials
+    assert [t.state for t in trials] == ["scored", "scored", "failed", "scored", "scored"]
+    why = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    assert trials[2].reason == why
+    assert done.stderr.count("the GPU is of no use to this process") == 1
+
+    command = [sys.executable, "-c", LOST.format(lost=True), "search", str(path), "--trials", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "5 trainings in a row broke here" in done.stderr
+    assert "Traceback" not in done.stderr
+    states = [t.state for t in load_study(storage, "tiny").trials]
+    assert states == ["scored", "scored", "failed", "scored", "scored", *["failed"] * 4, "running"]
+
+
 @pytest.mark.slow
 def test_kill_minus_nine_within_a_training_loses_nothing(write: Write) -> None:
     """The command in a process of its own, killed in the middle of a real Lightning training,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 from nasattn.architecture import Architecture, Placement
+from nasattn.blocks import BLOCKS
 from nasattn.config import CuedDigits, Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
 from nasattn.errors import Stopped, TrialFailed
@@ -232,6 +233,68 @@ def test_what_is_random_outside_is_left_alone(data: Data, tmp_path: Path) -> Non
     checkpoint.seed_generators(3)
     fit(network, data, schedule, seed=1, where=TrainerFile())
     assert draw() == expected
+
+
+class Putting(nn.Module):
+    """An operation of which torch has no deterministic kernel, on the CPU either."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.network(x)
+        first = torch.zeros(1, dtype=torch.int64, device=y.device)
+        return y.contiguous().clone().put_(first, y[0, :1].detach())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_what_has_no_deterministic_kernel_is_trained_from_the_start_without(
+    data: Data, tmp_path: Path, ema: float
+) -> None:
+    schedule, notes, trained = Schedule(epochs=2, batch_size=32, ema=ema), [], []
+    for strict in (False, True):
+        torch.manual_seed(0)
+        network = Putting(build(candidate()))
+        kept = checkpoint.Checkpoints(folder=tmp_path / f"{strict}", belongs={}, note=notes.append)
+        before = torch.get_deterministic_debug_mode()
+        torch.use_deterministic_algorithms(strict)
+        try:
+            where = TrainerFile(accelerator="cpu")
+            score = fit(network, data, schedule, seed=1, where=where, checkpoints=kept)
+            assert torch.get_deterministic_debug_mode() == 2 * strict, "as it was"
+        finally:
+            torch.set_deterministic_debug_mode(before)
+        trained.append((score, network.state_dict()))
+        assert len(notes) == strict
+    assert same(*trained)
+    assert notes == ["not the same bits each time on a GPU: torch's put_ is not"]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_is_trained_to_the_same_bits_again(data: Data, block: str) -> None:
+    if block == "annnet" and torch.cuda.is_available():
+        pytest.skip("torch has no deterministic gradient of its pooling on a GPU")
+    wide = SPACE | {"backbone": SPACE["backbone"] | {"width": 1.0}}  # type: ignore[operator]
+    plain = SearchSpace.of(experiment(space=wide).space).baseline()
+    placed = Architecture(
+        backbone=plain.backbone,
+        classes=plain.classes,
+        input=plain.input,
+        placements=(Placement.parse("stage1.0", block),),
+    )
+    trained = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = build(placed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if not parameter.any():  # else a block that begins as the identity has no gradients
+                    nn.init.normal_(parameter, 0.0, 0.1)
+        schedule = Schedule(epochs=2, batch_size=32)
+        score = fit(network, data, schedule, seed=1, where=TrainerFile())
+        trained.append((score, network.state_dict()))
+    assert same(*trained)
 
 
 class Unreadable:

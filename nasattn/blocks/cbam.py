@@ -38,7 +38,9 @@ class ChannelThenSpatial(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.bottleneck(x.mean((2, 3), keepdim=True))
-        gate = gate + self.bottleneck(F.adaptive_max_pool2d(x, 1))
+        # Not adaptive_max_pool2d, whose gradient on a GPU comes out differently each time.
+        highest = x.flatten(2).max(2).values[..., None, None]
+        gate = gate + self.bottleneck(highest)
         out = x * gate.sigmoid().to(x.dtype)
         summary = torch.cat((out.mean(1, keepdim=True), out.max(1, keepdim=True).values), 1)
         out = out * self.norm(self.spatial(summary)).sigmoid().to(x.dtype)

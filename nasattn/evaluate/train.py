@@ -1,12 +1,14 @@
 """The only training loop: Lightning's, around one classifier, the same for every network.
 
 A training is a function of (network, data, schedule, seed): on the CPU with the same number of
-threads it gives the same weights bit for bit, also when it was interrupted and went on. So that
-there is no other way than the one that is tested, every leg of it starts from a State.
+threads, or on the same kind of GPU, it gives the same weights bit for bit, also when it was
+interrupted and went on. So that there is no other way than the one that is tested, every leg of it
+starts from a State.
 """
 
 import gc
 import logging
+import os
 import re
 import time
 import warnings
@@ -50,6 +52,7 @@ NOISE = (
     ".*MPS available but not used.*",
     ".*`_pytree`.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*deterministic.*",  # where one has no such kernel this is noted once
 )
 
 
@@ -155,6 +158,7 @@ class _Run:
         self.network, self.data, self.schedule, self.seed = network, data, schedule, seed
         self.where, self.batches, self.tick, self.rungs = where, batches, tick, rungs
         self.checkpoints = checkpoints
+        self.first = State(tensors=copies("network", held(network)))
         self.planned = rungs[-1] + sum(schedule.decay_epochs(rung) for rung in rungs[:-1])
         self.layout = torch.channels_last if where.channels_last else torch.contiguous_format
         network.to(memory_format=self.layout)
@@ -166,7 +170,7 @@ class _Run:
 
     def __call__(self) -> tuple[State, State]:
         """The trunk and the last rung's decay; the network has the latter's weights."""
-        trunk = self.read(self.TRUNK) or State(tensors=copies("network", held(self.network)))
+        trunk = self.read(self.TRUNK) or self.first
         decay = self.read(self.DECAY)
         self.before = max(trunk.seconds, decay.seconds if decay else 0.0)
         for rung in self.rungs:
@@ -266,7 +270,15 @@ def fit(
         checkpoints=checkpoints,
     )
     with _training(where), generators_kept():
-        trunk, decay = run()
+        try:
+            trunk, decay = run()
+        except RuntimeError as error:
+            if not (what := re.match(r"(.+) does not have a deterministic", str(error))):
+                raise
+            if checkpoints:
+                checkpoints.note(f"not the same bits each time on a GPU: torch's {what[1]} is not")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            trunk, decay = run()
     whole = decay.points if decay.rung == schedule.epochs else trunk.points
     last = decay.points[-1]
     return Score(
@@ -308,7 +320,7 @@ def _trainer(
 ) -> pl.Trainer:
     return pl.Trainer(
         accelerator=where.accelerator,
-        devices=where.devices,
+        devices=1,  # with more, Lightning would start the whole command again for each
         precision=where.precision,
         max_epochs=epochs,
         check_val_every_n_epoch=validate_every,
@@ -328,7 +340,8 @@ def _trainer(
 
 @contextmanager
 def _training(where: TrainerFile) -> Iterator[None]:
-    """Threads set, Lightning silent, memory given back, and every known failure as TrialFailed."""
+    """Threads set, the same bits each time, Lightning silent, memory given back, and every known
+    failure as TrialFailed."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     threads = torch.get_num_threads()
@@ -340,7 +353,7 @@ def _training(where: TrainerFile) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), repeatable(where):
             for pattern in NOISE:
                 warnings.filterwarnings("ignore", pattern)
             yield
@@ -354,7 +367,7 @@ def _training(where: TrainerFile) -> Iterator[None]:
     except MemoryError:
         raise TrialFailed("out of memory") from None
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if re.search("out of memory|allocate memory", str(error)):
             raise TrialFailed(f"out of memory: {_said(error).splitlines()[0]}") from None
         raise
     finally:
@@ -366,6 +379,24 @@ def _training(where: TrainerFile) -> Iterator[None]:
             gc.unfreeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def repeatable(where: TrainerFile) -> Iterator[None]:
+    """On a GPU kernels that add in the same order each time; what has none raises RuntimeError."""
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    on = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if where.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has none
+        settings.fill_uninitialized_memory = False  # it would only take time
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warns)
+        settings.fill_uninitialized_memory = fills
 
 
 def _said(error: Exception) -> str:

@@ -97,7 +97,7 @@ class LocalProcess:
 
 
 def visible_devices(trainer: TrainerFile) -> list[str]:
-    """The GPUs of each worker, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    """The GPUs, one a worker, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
     if trainer.accelerator not in ("auto", "gpu"):
         return []
     import torch  # not at the top: what runs a worker elsewhere needs none
@@ -105,6 +105,4 @@ def visible_devices(trainer: TrainerFile) -> list[str]:
     if not torch.cuda.is_available():
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-    each = trainer.devices
-    return [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]

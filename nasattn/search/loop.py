@@ -219,6 +219,7 @@ class Search:
             patiently(lambda: slots.fail(job, why, trace), self.display.note)
             if job.trial.baseline:
                 raise TrialFailed(f"the plain backbone could not be trained: {why}") from error
+            self._machine.renew(error)
         else:
             self._machine.works()
             if score is not None:

@@ -4,6 +4,7 @@ and nothing is lost.
 """
 
 import errno
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
 
-from nasattn.errors import Stopped, TrialFailed, reason
+from nasattn.errors import DeviceLost, Stopped, TrialFailed, reason
 
 T = TypeVar("T")
 
@@ -69,8 +70,11 @@ def full_disk(error: BaseException) -> Stopped:
 class Machine:
     """Tells a training that has failed from a machine on which every one would."""
 
+    BROKEN = "NASATTN_BROKEN"  # the variable with the count of the process that this one replaces
+
     def __init__(self) -> None:
-        self._broken = 0  # trainings in a row that ended in an error that nobody foresaw
+        # Trainings in a row that ended in an error that nobody foresaw.
+        self._broken = int(os.environ.pop(self.BROKEN, 0))
 
     def works(self) -> None:
         """A training has ended well."""
@@ -89,6 +93,15 @@ class Machine:
                 "open; the same command goes on"
             ) from error
         return why
+
+    def renew(self, error: Exception) -> None:
+        """Raises DeviceLost where the error, which has been recorded, is one of CUDA's: they stay
+        with the process, and each training after it would end in the same one."""
+        if type(error).__name__ == "AcceleratorError":
+            os.environ[self.BROKEN], why = str(self._broken), str(error).splitlines()[0]
+            raise DeviceLost(
+                f"the GPU is of no use to this process any more ({why}); a new one goes on"
+            ) from error
 
 
 def gone(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ CHUNK = 1 << 20  # bytes of a worker's output that are fetched at once
 
 
 class Ray:
-    """Starts each worker in an actor that holds the trainer's threads and GPUs.
+    """Starts each worker in an actor that holds the trainer's threads and a GPU if it wants one.
 
     The cluster is that of RAY_ADDRESS (HOST:PORT), else the one that this machine is a node of. Ray
     itself starts nothing twice. When the search dies its actors go, and the workers with them.
@@ -30,7 +30,7 @@ class Ray:
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         has_gpus = any(node.get("GPU") for node in nodes)
         wanted = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and has_gpus)
-        self.needs = {"CPU": trainer.threads, "GPU": trainer.devices if wanted else 0}
+        self.needs = {"CPU": trainer.threads, "GPU": int(wanted)}
         if not any(all(node.get(k, 0) >= n for k, n in self.needs.items()) for node in nodes):
             needs = " and ".join(f"{n} {k}" for k, n in self.needs.items() if n)
             note(f"no node of the Ray cluster has {needs} now: the workers wait until one has")

@@ -124,12 +124,16 @@ class Retraining:
         except Stopped:
             raise
         except Exception as error:
-            self._store(_blank(contender, seed, self._machine.blamed(error)))
+            self._end(contender, seed, _blank(contender, seed, self._machine.blamed(error)))
+            self._machine.renew(error)
         else:
             self._machine.works()
             done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
-            self._store(replace(done, val=score.accuracy, test=test))
-        self.study.files.drop(files)
+            self._end(contender, seed, replace(done, val=score.accuracy, test=test))
+
+    def _end(self, contender: Contender, seed: int, evaluation: Evaluation) -> None:
+        self._store(evaluation)
+        self.study.files.drop(self._checkpoints(contender, seed))
         self._release(_lease(contender, seed))
 
     def _acquire(self, name: str, files: Path) -> str | None:

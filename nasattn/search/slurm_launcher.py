@@ -24,7 +24,7 @@ SLURM: Mapping[str, str] = {
     "qos": "",
     "constraint": "",
     "exclude": "nodes not to use",
-    "gres": "instead of the trainer's devices, which are asked for with `accelerator: gpu`",
+    "gres": "instead of the one GPU that is asked for with `accelerator: gpu`",
     "mem": "of a worker, such as 16GB",
     "time": "minutes after which a worker is replaced by another",
     "setup": "a line of shell to run first, such as `module load cuda`; may be given again",
@@ -105,7 +105,7 @@ class Slurm:
         """What submitit is asked for."""
         trainer, options = self.trainer, self.options
         given = {key: options.get(key) for key in SLURM if key not in ("time", "cluster")}
-        gpus = trainer.devices if trainer.accelerator == "gpu" and not given["gres"] else None
+        gpus = 1 if trainer.accelerator == "gpu" and not given["gres"] else None
         return {
             "name": "nasattn",
             "timeout_min": options["time"],

@@ -184,9 +184,7 @@ class Search(Strict):
     population: Annotated[Int, Field(ge=2)] | None = None
     stopping: Literal["none", "pareto_halving"] = "none"
     eta: Annotated[Float, Field(gt=1)] = 8.0
-    rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=2)] | None = (
-        None
-    )
+    rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples)] | None = None
 
     @model_validator(mode="after")
     def _population(self) -> Self:
@@ -325,10 +323,10 @@ class Experiment(Strict):
             increasing = all(a < b for a, b in pairwise(search.rungs))
             if not stops:
                 raise ValueError("search.rungs: they are of use with search.stopping only")
-            if not increasing or search.rungs[-1] != training.epochs:
+            if len(search.rungs) < 2 or not increasing or search.rungs[-1] != training.epochs:
                 raise ValueError(
-                    f"search.rungs: got {list(search.rungs)}; allowed: increasing, the last one "
-                    f"training.epochs ({training.epochs})"
+                    f"search.rungs: got {list(search.rungs)}; allowed: two or more, increasing, "
+                    f"the last one training.epochs ({training.epochs})"
                 )
         if stops and len(self.rungs) < 2:
             raise ValueError(

@@ -121,3 +121,8 @@ class Trial:
             "baseline": self.baseline,
             "state": self.state,
         }
+
+
+def counted(count: int, what: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

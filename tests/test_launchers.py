@@ -256,6 +256,7 @@ def test_without_a_cluster_the_search_says_so_at_once(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="there is no sbatch here"):
         launcher("slurm", [], experiment, print)
+    pytest.importorskip("ray")
     for address, said in {
         "127.0.0.1:1": r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused",
         "ray://head:10001/x": "allowed: HOST:PORT, or auto",

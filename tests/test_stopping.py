@@ -18,7 +18,7 @@ from test_workers import forked, kill_at
 
 from nasattn.architecture import Architecture, Placement
 from nasattn.config import Experiment
-from nasattn.errors import TrialFailed, UserError
+from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate
 from nasattn.evaluate.table import TableEvaluator
 from nasattn.pareto import non_dominated
@@ -29,7 +29,7 @@ from nasattn.search.opening import load_study
 from nasattn.search.samplers import SAMPLERS, Exhausted, Gate
 from nasattn.search.slots import Slots
 from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving, reached
-from nasattn.search.study import Study
+from nasattn.search.study import Study, finished
 from nasattn.search.watch import Follower
 from nasattn.search.workers import ended
 from nasattn.space import SearchSpace
@@ -92,8 +92,10 @@ def test_the_probes_go_on_whatever_they_show() -> None:
     trials = [*probed(5), trial(5, 100, 0.01, state="running")]
     assert HALVING.goes_on(trials[5], trials, all_begun=False)
     assert HALVING.probes(trials) == (PROBES[0], None)
-    (line,) = HALVING.notes(trials)
+    (line,) = HALVING.notes(trials, 9)
     assert line == f"halving: the first {PROBES[0]} trials are trained to the end, as probes"
+    assert HALVING.notes(trials, 8) == ["halving: every trial is trained to the end, as probes"]
+    assert HALVING.notes([], 1) == ["halving: every trial is trained to the end, as a probe"]
 
 
 def test_one_in_eta_goes_on_and_equals_share_a_rank() -> None:
@@ -153,12 +155,13 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
     more = [trial(32 + i, 100, 0.01, 0.01) for i in range(6)]
     assert survivors(0, trials + more)[-6:] == numbers(more)
     assert not set(numbers(more)) & set(survivors(1, trials + more))
-    told = "\n".join(HALVING.notes(trials))
+    told = "\n".join(HALVING.notes(trials, 40))
+    assert HALVING.notes(trials[:8], 16)[-1] == "  to be sure, every trial is trained to the end"
     for count in PROBES:
         assert f"{count} probes have ended" in told
         further = f"to be sure, the first {2 * count} trials are trained to the end"
         assert (further in told) == (count < PROBES[-1])
-        early = HALVING.notes(trials[:count])
+        early = HALVING.notes(trials[:count], 40)
         assert "\n".join(early) in told and ("stops nobody" in early[-2]) == (count == PROBES[-1])
     told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, one in 2 in the end"
     assert f"rung of 3 epochs: {told_of_second}" in told
@@ -356,6 +359,32 @@ def test_trainings_to_come_are_about_those_that_come(
     assert len(seen) > 40
 
 
+def test_the_end_of_halving_is_announced_when_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All trials have finished then, and some of them go on."""
+    whole = searching(tmp_path, sampler="random")
+
+    def end(*_: Any, **__: Any) -> None:
+        if len(whole.study.trials) == TRIALS and finished(whole.study.trials) == TRIALS:
+            raise Stopped("enough")
+
+    monkeypatch.setattr(whole, "_publish", end)
+    with pytest.raises(Stopped):
+        whole.run(TRIALS)
+    assert whole.study.promotable()
+    again, said = searching(tmp_path, sampler="random"), list[str]()
+    monkeypatch.setattr(again.display, "note", said.append)
+    coming = ParetoHalving.of(again.experiment).to_come(again.study.trials, TRIALS)  # type: ignore[union-attr]
+    again.run(TRIALS)
+    (announced,) = (text for text in said if "trainings to go" in text)
+    _, second, third = map(round, coming)
+    rungs = again.experiment.rungs
+    expected = f"trainings to go: about {second} to {rungs[1]} epochs, {third} to {rungs[2]} epochs"
+    assert announced.startswith(expected)
+    assert again.study.promotable() is None
+
+
 def test_the_end_of_halving_is_told_once_with_what_is_to_come(halved: Study) -> None:
     """Nobody's training is new in it, so done of total says nothing of how long it takes."""
     trials, rungs = list(halved.trials), halved.config.rungs
@@ -393,7 +422,7 @@ def test_who_looks_on_is_told_what_the_rungs_are_worth_once(halved: Study) -> No
     follower.look()
     halving = ParetoHalving.of(halved.config)
     assert halving is not None
-    lines = halving.notes(halved.trials)
+    lines = halving.notes(halved.trials, TRIALS)
     assert len(lines) > 3 and text.getvalue().splitlines() == lines
     follower.look()
     assert text.getvalue().splitlines() == lines

@@ -121,6 +121,11 @@ def test_what_was_interrupted_is_not_called_running(
     whole: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = whole.summary() | {"running": 2}
+    print_summary(summary)
+    assert (
+        f"  best  {max(accuracy(t) for t in whole.trials if t.score):.4f}\n"
+        in capsys.readouterr().out
+    )
     told = "what is running was interrupted: the next search goes on with it"
     for workers in ([], [{"host": "a", "pid": 5}]):
         print_summary(summary | {"workers": workers})

@@ -715,6 +715,7 @@ def test_a_killed_worker_is_replaced(
     launcher = Forks(path, 20, log, deaths=4)
     study = workers.search_with(searching(path).experiment, 20, 3, display, launcher)
     assert [t.state for t in study.trials] == ["scored"] * 20
+    assert said[-1] == "the study 'tiny' is complete: 20 trials"
     # One that dies when nothing is left to do needs no other in its place.
     assert 3 < launcher.started <= 7
     replaced = sum("another takes its place" in text for text in said)

@@ -42,7 +42,7 @@ def allocated_peaks(module: nn.Module, shape: Sequence[int], *, training: bool) 
     module.train(training)
     activities = [ProfilerActivity.CPU]
     with (
-        profile(activities=activities, profile_memory=True) as run,
+        profile(activities=activities, profile_memory=True, acc_events=True) as run,
         torch.set_grad_enabled(training),
     ):
         x = torch.empty(*shape)

@@ -15,7 +15,7 @@ from nasattn.architecture import NONE
 from nasattn.errors import UserError
 from nasattn.files import make_folder
 from nasattn.pareto import non_dominated
-from nasattn.record import Trial
+from nasattn.record import Trial, counted
 from nasattn.report.drawing import (
     BLUE,
     GREY,
@@ -29,7 +29,7 @@ from nasattn.report.drawing import (
     wrapped,
 )
 from nasattn.report.final import final_figure
-from nasattn.search.display import counted, placed
+from nasattn.search.display import placed
 from nasattn.search.study import Study, accuracy
 
 

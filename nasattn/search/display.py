@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from nasattn.record import Trial
+from nasattn.record import Trial, counted
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import Study, accuracy, finished
 
@@ -39,11 +39,6 @@ def duration(seconds: float) -> str:
 def placed(specs: dict[str, str]) -> str:
     """An architecture's blocks on one line."""
     return ", ".join(f"{spec} @ {site}" for site, spec in specs.items()) or "plain backbone"
-
-
-def counted(count: int, what: str) -> str:
-    """`1 trial`, `2 trials`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -218,9 +213,8 @@ class Display:
         grid.add_row("trials", Text.assemble(share, f"  {done}/{self.total}  {told}"))
         self._add_results(grid)
         if halving := self._halving:
-            coming = zip(map(round, self._coming(halving)), halving.rungs, strict=True)
-            if told := ", ".join(f"{n:,} to {rung} epochs" for n, rung in coming if n):
-                grid.add_row("to come", Text(f"about {told}"))
+            if told := halving.trainings(self._coming(halving)):
+                grid.add_row("to come", Text(told))
         if left := self._left():
             grid.add_row("time", Text(left))
         if self.refused:
@@ -243,7 +237,7 @@ class Display:
             f"{accuracy(best):.4f}  trial {best.number}  {costs}  {placed(best.architecture.specs)}"
         )
         grid.add_row("best", Text(told))
-        members = f"{len(front)} trial{'s' if len(front) > 1 else ''}"
+        members = counted(len(front), "trial")
         if volumes := self.study.growth(self.trials):
             members += f"  hypervolume {volumes[-1]:.4f}  {sparkline(volumes)}"
         grid.add_row("frontier", Text(members))
@@ -303,7 +297,7 @@ class Display:
     def _tell_rungs(self) -> None:
         """What the probes of halving have shown, and that its end has begun; each once."""
         halving = self._halving
-        lines = halving.notes(self.trials) if halving else []
+        lines = halving.notes(self.trials, self.total) if halving else []
         for text in lines[self._told :]:
             self.note(text)
         self._told = max(self._told, len(lines))

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nasattn.search.display import counted, placed
+from nasattn.record import counted
+from nasattn.search.display import placed
 
 ROLES = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
 

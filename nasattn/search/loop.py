@@ -16,7 +16,7 @@ from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
-from nasattn.record import Score, Trial
+from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
@@ -89,10 +89,8 @@ class Search:
         """
         with self._leases() as self.leases, self.display:
             total = self.plan(total)
-            if finished(self.study.trials) < total:
+            if finished(self.study.trials) < total or self.study.promotable():
                 self.announce(total)
-                self._have_backbone()
-            elif self.study.promotable():
                 self._have_backbone()
             self.display.begin(self.study, total)
             self._work(total)
@@ -141,20 +139,19 @@ class Search:
         if prepare and done:
             note("the plain backbone's weights are gone: it is trained again")
         seconds = [t.score.seconds for t in trials if t.score]
-        left = total - done
-        whole: float = left
+        whole: float = total - done
+        seeds = self.experiment.training.seeds
+        togo = counted((total - done) * seeds + prepare, "training") + " to go"
         if halving := self.stopping:  # most take only a part of the epochs
-            whole = halving.epochs(halving.to_come(trials, total)) / halving.rungs[-1]
+            coming = halving.to_come(trials, total)
+            whole = halving.epochs(coming) / halving.rungs[-1]
+            togo = f"trainings to go: {halving.trainings(coming)}"
         if seconds and not prepare:
             estimate = whole * sum(seconds) / len(seconds)
         else:
             estimate = self._estimate(whole, prepare=prepare)
-        seeds = self.experiment.training.seeds
         about = f", about {duration(estimate / workers)}" if estimate else ""
-        note(
-            f"{left * seeds + prepare} trainings to go{about}; Ctrl-C stops, the same command goes "
-            "on"
-        )
+        note(f"{togo}{about}; Ctrl-C stops, the same command goes on")
 
     def _estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds; zero where a few steps of an untrained network do not tell."""

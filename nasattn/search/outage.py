@@ -50,8 +50,8 @@ def patiently(step: Callable[[], T], note: Callable[[str], None]) -> T:
                 note(f"the {who} does not answer ({reason}); it is tried again")
             if now - began > PATIENCE:
                 raise Stopped(
-                    f"the {who} has not answered for {now - began:.0f} s ({reason}); what is "
-                    "finished is kept, the same command goes on"
+                    f"the {who} has not answered for {now - began:.0f} s ({reason}); "
+                    "when it does, the same command goes on"
                 ) from error
             pause(seconds * random.SystemRandom().uniform(0.5, 1.0))
             seconds = min(2 * seconds, longest)

@@ -10,7 +10,7 @@ from nasattn.cost import measure
 from nasattn.data import Data
 from nasattn.errors import Stopped, TrialFailed
 from nasattn.evaluate.candidate import Evaluator, load_lightning, score_test
-from nasattn.record import Cost
+from nasattn.record import Cost, counted
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
 from nasattn.search.lease import BACKBONE, Leases
@@ -174,7 +174,8 @@ class Retraining:
         count = sum("control" in c.roles for c in self.planned)
         anew = f", the backbone anew for each ({backbones} to train)" if backbones else ""
         self.display.note(
-            f"final: {len(self.planned) - count} architectures and {count} controls (SE at the "
+            f"final: {counted(len(self.planned) - count, 'architecture')} and "
+            f"{counted(count, 'control')} (SE at the "
             f"same sites), {final.seeds} seeds each{anew}: {len(self._left())} evaluations to go, "
             f"about {duration(seconds)}"
         )

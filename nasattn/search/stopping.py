@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nasattn.config import Experiment
-from nasattn.record import Trial
+from nasattn.record import Trial, counted
 from nasattn.uncertainty import kendall
 
 PROBES = (8, 16, 32)  # so many first trials are trained to the end: they tell what a rung is worth
@@ -170,9 +170,20 @@ class ParetoHalving:
         every = len(here) + comes
         return max(0.0, min(probes, every) + share * max(0.0, every - probes) - left)
 
-    def notes(self, trials: Sequence[Trial]) -> list[str]:
-        """What the probes have shown so far, for people."""
-        told = [f"halving: the first {PROBES[0]} trials are trained to the end, as probes"]
+    def trainings(self, coming: Sequence[float]) -> str:
+        """So many trainings to each rung, for people: `about 12 to 2 epochs, 3 to 12 epochs`."""
+        counts = zip(map(round, coming), self.rungs, strict=True)
+        told = [f"{n:,} to {counted(rung, 'epoch')}" for n, rung in counts if n]
+        return f"about {', '.join(told)}" if told else ""
+
+    def notes(self, trials: Sequence[Trial], total: int) -> list[str]:
+        """What the probes have shown so far, of `total` trials in all, for people."""
+
+        def whole(count: int) -> str:
+            which = f"the first {count} trials are" if count < total else "every trial is"
+            return f"{which} trained to the end"
+
+        told = [f"halving: {whole(PROBES[0])}, as {'probes' if total > 1 else 'a probe'}"]
         for first, trusted in self._looks(trials):
             count = len(first)
             known = all(trusted) or count == PROBES[-1]
@@ -183,12 +194,11 @@ class ParetoHalving:
                 no = "it stops nobody"
             for level, rung in enumerate(self.rungs[:-1]):
                 tau, chance = self.tau(level, first)
-                told.append(
-                    f"  rung of {rung} epochs: Kendall's tau {tau:.2f} (p {chance:.3f}): "
-                    + (yes if trusted[level] else no)
-                )
+                rank = f"Kendall's tau {tau:.2f} (p {chance:.3f})"
+                worth = yes if trusted[level] else no
+                told.append(f"  rung of {counted(rung, 'epoch')}: {rank}: {worth}")
             if not known:
-                told.append(f"  to be sure, the first {2 * count} trials are trained to the end")
+                told.append(f"  to be sure, {whole(2 * count)}")
         return told
 
     def _cost(self, trial: Trial) -> list[float]:

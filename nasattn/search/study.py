@@ -249,7 +249,7 @@ class Study:
             "hypervolume": self.hypervolume(trials),
             "frontier": [t.number for t in self.frontier(trials)],
             "final": self.final(trials),
-            "halving": halving.notes(trials) if halving else [],
+            "halving": halving.notes(trials, self.asked) if halving else [],
             "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}

@@ -153,7 +153,7 @@ def search_with(
     total = search.plan(total)
     if study.over(total):
         return search.run(total)
-    if finished(study.trials) < total:
+    if finished(study.trials) < total or study.promotable():
         search.announce(total, count)
     del search
     crew = Crew(launcher or Local(experiment.trainer), study, count, display.note)
@@ -180,4 +180,6 @@ def search_with(
         crew.dismiss()
     if away or (crew.last_words and not study.over(total)):
         raise Stopped(crew.last_words or "the database does not answer")
+    if study.over(total):
+        display.note(f"the study '{study.name}' is complete: {finished(study.trials)} trials")
     return study

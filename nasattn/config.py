@@ -79,13 +79,16 @@ Budget = Annotated[
 ]
 
 
+Images = Annotated[Int, Field(ge=1, le=1_000_000)]  # composed in memory, 2 kB each
+
+
 class CuedDigits(Strict):
     """The embedded data set (nasattn.data.cued_digits): the splits' sizes, seed and noise."""
 
     name: Literal["cued_digits"]
-    train: Positive = 16_000
-    val: Positive = 4_000
-    test: Positive = 4_000
+    train: Images = 16_000
+    val: Images = 4_000
+    test: Images = 4_000
     seed: Natural = 0
     noise: Annotated[Float, Field(ge=0, le=1)] = 0.1
 

@@ -406,7 +406,7 @@ def test_a_store_that_stays_away_ends_the_search(
     (tmp_path / "store").rename(tmp_path / "away")
     monkeypatch.setattr(outage, "PATIENCE", 0.0)
     monkeypatch.setattr(outage, "pause", lambda seconds: None)
-    with pytest.raises(Stopped, match=r"the artifact store has not answered .* is kept"):
+    with pytest.raises(Stopped, match=r"the artifact store has not answered .* goes on"):
         a.publish(path, must=True)
 
 

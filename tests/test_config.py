@@ -166,6 +166,7 @@ BROKEN: list[tuple[str, str, str, tuple[str, ...]]] = [
     ),
     ("space: space.yaml", "space: 5", "3: space", ("got 5; should be a valid mapping",)),
     # values
+    ("train: 16000", "train: 10000000", "4: data.train", ("got 10000000; ", "to 1000000")),
     (
         "epochs: 2",
         "epochs: 0",

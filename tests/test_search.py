@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from nasattn import cli, load_study
 from nasattn.architecture import NONE, Architecture
-from nasattn.config import Experiment
+from nasattn.config import Experiment, TrainerFile
 from nasattn.data import load
 from nasattn.errors import TrialFailed, UserError
 from nasattn.evaluate import candidate
@@ -495,14 +495,50 @@ def test_what_trains_is_loaded_before_a_trial_is_taken(
     path = write()
     by_formula(path, 2)
 
-    def killed() -> None:
+    def killed(where: TrainerFile) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(candidate, "load_lightning", killed)
+    monkeypatch.setattr(candidate, "load_training", killed)
     search = searching(path)
     with pytest.raises(KeyboardInterrupt):
         search.run(4)
     assert [t.state for t in search.study.trials] == ["scored"] * 2
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"accelerator": "gpu"}, r"trainer.accelerator: got gpu, .*; allowed: auto, cpu"),
+        ({"accelerator": "mps"}, r"trainer.accelerator: got mps, .*; allowed: auto, cpu"),
+        ({"precision": "16-mixed"}, r"trainer.precision: got 16-mixed.*: 32-true, bf16-mixed"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_a_trial_is_taken(
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: dict[str, str],
+    says: str,
+    warm_start: bool,
+) -> None:
+    for device in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
+    training = {"epochs": 1, "batch_size": 32, "warm_start": warm_start}
+    path = write(trainer=trainer, training=training)
+    search = searching(path)
+    with pytest.raises(UserError, match=says):
+        search.run(3)
+    assert not search.study.trials
+    figures = path.parent / "weights.safetensors"
+    with pytest.raises(UserError, match=says):
+        candidate.train_architecture(
+            search.space.baseline(),
+            search.experiment,
+            figures,
+            epochs=1,
+            on_test=False,
+            tick=lambda share, accuracy: None,
+        )
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:

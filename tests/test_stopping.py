@@ -17,7 +17,7 @@ from scipy.stats import kendalltau
 from test_workers import forked, kill_at
 
 from nasattn.architecture import Architecture, Placement
-from nasattn.config import Experiment
+from nasattn.config import Experiment, TrainerFile
 from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate
 from nasattn.evaluate.table import TableEvaluator
@@ -516,11 +516,11 @@ def test_a_trial_goes_on_when_all_slots_are_taken(
     assert states == ["scored"] * PROBES[0] + ["stopped"] * 2
     monkeypatch.setattr(ParetoHalving, "probes", lambda *_: (PROBES[0], [False]))
 
-    def killed() -> None:
+    def killed(where: TrainerFile) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(candidate, "load_lightning", killed)
+        patch.setattr(candidate, "load_training", killed)
         run()
     now = load_study(Experiment.load(path).storage, "cued-digits-curves").trials
     assert [t.state for t in now] == states, "nobody is taken before what trains is loaded"

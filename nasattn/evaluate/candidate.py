@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nasattn.architecture import Architecture
-from nasattn.config import Experiment, Schedule
+from nasattn.config import Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
 from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import Checkpoints
@@ -32,10 +32,13 @@ def fit(*arguments: Any, **options: Any) -> Score:
     return train.fit(*arguments, **options)
 
 
-def load_lightning() -> None:
-    """It takes as long as all else together, so it is done when something is to be trained; before
-    a trial is taken, for to be killed meanwhile would count as the trial's fault."""
-    from nasattn.evaluate import train  # noqa: F401
+def load_training(where: TrainerFile) -> None:
+    """Lightning takes as long as all else together, so it is loaded when something is to be
+    trained; before a trial is taken, for to be killed meanwhile would count as the trial's fault.
+    A UserError where this machine has not what the trainer asks for."""
+    from nasattn.evaluate import train
+
+    train.check(where)
 
 
 def test(*arguments: Any, **options: Any) -> float:
@@ -143,7 +146,7 @@ class Evaluator:
     def prepare(self, tick: Tick) -> bool:
         """Have the plain backbone's weights ready; True when it was trained now. What trains is
         loaded."""
-        load_lightning()
+        load_training(self.experiment.trainer)
         if not self.experiment.training.warm_start or self._backbone is not None:
             return False
         self._backbone = self._stored()
@@ -176,6 +179,7 @@ class Evaluator:
     def estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds that so many candidates will take, from a few steps of the plain backbone. Blocks
         come on top, so it is a lower figure; prepare: with the backbone's own training."""
+        load_training(self.experiment.trainer)
         training, few = self.experiment.training, 8
         with torch.random.fork_rng(devices=[]):
             network, seconds = build(self.plain), 0.0
@@ -272,6 +276,7 @@ def train_architecture(
 ) -> dict[str, Any]:
     """Train one architecture from scratch by the experiment's full schedule (`pretrain`), write its
     weights to `out` and return its figures. on_test: score the test split too."""
+    load_training(experiment.trainer)
     data = load(experiment.data, architecture.input, architecture.classes)
     schedule = experiment.pretrain.model_copy(update={"epochs": epochs} if epochs else {})
     evaluator = Evaluator(experiment, data, architecture, out.parent)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
-from nasattn.errors import Stopped, TrialFailed
+from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import (
     Checkpoints,
@@ -291,6 +291,23 @@ def fit(
         top5=last.get("top5"),
         rungs=tuple(trunk.rungs[str(rung)]["accuracy"] for rung in rungs),
     )
+
+
+def check(where: TrainerFile) -> None:
+    """A UserError where this machine has not the device that is asked for."""
+    mps = torch.backends.mps.is_available()
+    there = {"gpu": torch.cuda.is_available() or mps, "mps": mps}
+    if not there.get(where.accelerator, True):
+        raise UserError(
+            f"trainer.accelerator: got {where.accelerator}, but torch finds none here; allowed: "
+            "auto, cpu"
+        )
+    on_cpu = where.accelerator == "cpu" or not there["gpu"]
+    if on_cpu and where.precision == "16-mixed":  # Lightning would take bf16-mixed
+        raise UserError(
+            "trainer.precision: got 16-mixed, which is for GPUs; allowed on the CPU: 32-true, "
+            "bf16-mixed"
+        )
 
 
 def test(network: nn.Module, data: Data, *, batch_size: int, where: TrainerFile) -> float:

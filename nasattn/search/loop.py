@@ -154,10 +154,11 @@ class Search:
         note(f"{togo}{about}; Ctrl-C stops, the same command goes on")
 
     def _estimate(self, trainings: float, *, prepare: bool) -> float:
-        """Seconds; zero where a few steps of an untrained network do not tell."""
+        """Seconds; zero where a few steps of an untrained network do not tell, or where another
+        machine trains and this one cannot."""
         try:
             return self.evaluator.estimate(trainings, prepare=prepare)
-        except TrialFailed:
+        except (TrialFailed, UserError):
             return 0.0
 
     def _work(self, total: int) -> None:

@@ -9,7 +9,7 @@ from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data
 from nasattn.errors import Stopped, TrialFailed
-from nasattn.evaluate.candidate import Evaluator, load_lightning, score_test
+from nasattn.evaluate.candidate import Evaluator, load_training, score_test
 from nasattn.record import Cost, counted
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
@@ -44,7 +44,7 @@ class Retraining:
         if self.display.study is None:
             self.display.begin(self.study, len(self.study.trials))
         self._announce()
-        load_lightning()
+        load_training(self.experiment.trainer)
         waits = False
         while left := self._left():
             if job := self._claim(left):

@@ -16,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
 import yaml
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import create_trial
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -37,7 +39,7 @@ from nasattn.model import build
 from nasattn.pareto import non_dominated
 from nasattn.pricing import Candidates
 from nasattn.record import Score
-from nasattn.search import frontier_space
+from nasattn.search import frontier_space, loop
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display
 from nasattn.search.loop import Search, weights_of_trial
@@ -503,6 +505,41 @@ def test_what_trains_is_loaded_before_a_trial_is_taken(
     with pytest.raises(KeyboardInterrupt):
         search.run(4)
     assert [t.state for t in search.study.trials] == ["scored"] * 2
+
+
+def test_who_reads_the_images_may_change_and_changes_nothing(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a study: its plain backbone and its trials stay, a bare resume takes it."""
+    rng = np.random.default_rng(0)
+    for number in range(160):
+        path = tmp_path / f"photos/{number % 2}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 200, (32, 64)) + 50 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    monkeypatch.setattr(loop, "on_cuda", lambda where: True)
+
+    def fields(loaders: int) -> dict[str, Any]:
+        data = {"name": "image_folder", "root": str(tmp_path / "photos"), "loaders": loaders}
+        return {"data": data, "space": SPACE | {"classes": 2}}
+
+    said: dict[str, list[str]] = {}
+
+    def run(folder: str, loaders: int, trials: int) -> Study:
+        search = searching(write(folder, **fields(loaders)))
+        told = said[f"{folder}, {loaders}"] = []
+        monkeypatch.setattr(search.display, "note", told.append)
+        return search.run(trials)
+
+    whole = run("whole", 0, 4)
+    run("changed", 0, 2)
+    backbone = (tmp_path / "changed/runs/tiny/backbone.safetensors").stat().st_mtime_ns
+    changed = run("changed", 1, 4)
+    assert rows(changed) == rows(whole)
+    assert (tmp_path / "changed/runs/tiny/backbone.safetensors").stat().st_mtime_ns == backbone
+    assert load_study(changed.storage, "tiny").config.data.loaders == 1  # type: ignore[union-attr]
+    advised = {name for name, texts in said.items() if any("data.loaders: 4" in t for t in texts)}
+    assert advised == {"whole, 0", "changed, 0"}
 
 
 @pytest.mark.parametrize("warm_start", [True, False])

@@ -222,13 +222,12 @@ class Evaluator:
         """more: what else the training is a function of."""
         if folder is None:
             return None
-        experiment = self.experiment.as_dict()
         belongs = {
             "architecture": architecture.key,
             "schedule": schedule.model_dump(mode="json"),
             "seed": seed,
-            "data": experiment["data"],
-            "trainer": experiment["trainer"],
+            "data": self._data(),
+            "trainer": self.experiment.as_dict()["trainer"],
             **more,
         }
         return Checkpoints(folder=folder, belongs=belongs, note=self.note, files=self.files)
@@ -239,12 +238,17 @@ class Evaluator:
 
     def _facts(self) -> dict[str, str]:
         """What the stored weights must have come from to be used."""
-        experiment = self.experiment.as_dict()
-        what = {k: experiment[k] for k in ("data", "pretrain")} | {
+        what = {
+            "data": self._data(),
+            "pretrain": self.experiment.as_dict()["pretrain"],
             "architecture": self.plain.key,
             "seed": self.seed(self.plain, "scratch"),
         }
         return {"from": json.dumps(what, sort_keys=True)}
+
+    def _data(self) -> dict[str, Any]:
+        """What images there are; whoever reads them, they are the same."""
+        return {k: v for k, v in self.experiment.as_dict()["data"].items() if k != "loaders"}
 
     def _stored(self) -> Weights | None:
         self.files.fetch(self._file)

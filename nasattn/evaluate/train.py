@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
 from nasattn.errors import Stopped, TrialFailed, UserError
-from nasattn.evaluate import Tick
+from nasattn.evaluate import Tick, on_cuda
 from nasattn.evaluate.checkpoint import (
     Checkpoints,
     State,
@@ -405,7 +405,7 @@ def repeatable(where: TrainerFile) -> Iterator[None]:
     fills = settings.fill_uninitialized_memory
     on = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if where.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+    if on_cuda(where):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has none
         settings.fill_uninitialized_memory = False  # it would only take time
         torch.use_deterministic_algorithms(True)

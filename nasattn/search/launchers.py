@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from nasattn.config import TrainerFile
+from nasattn.evaluate import on_cuda
 from nasattn.search.lease import PARENT
 
 STORAGE = "NASATTN_STORAGE"  # the variable with the database's URL
@@ -98,11 +99,9 @@ class LocalProcess:
 
 def visible_devices(trainer: TrainerFile) -> list[str]:
     """The GPUs, one a worker, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
-    if trainer.accelerator not in ("auto", "gpu"):
+    if not on_cuda(trainer):
         return []
-    import torch  # not at the top: what runs a worker elsewhere needs none
+    import torch
 
-    if not torch.cuda.is_available():
-        return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from nasattn.config import Experiment
 from nasattn.data import Data, load
 from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.evaluate import on_cuda
 from nasattn.evaluate.candidate import Evaluator, Weights, store
 from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
@@ -101,8 +102,8 @@ class Search:
         return Leases(self.study.engine, self.study.name)
 
     def plan(self, total: int) -> int:
-        """How many trials the study can have, of so many; stored with `final` and `artifacts`, so
-        that a bare `resume` goes on to it."""
+        """How many trials the study can have, of so many; stored with `final`, `artifacts` and the
+        loaders, so that a bare `resume` goes on to it."""
         count = self.candidates.count()
         total = total if count is None else min(total, count)
         self.study.refresh()  # another may have changed them since they were read
@@ -113,6 +114,8 @@ class Search:
         experiment["search"] = {**experiment["search"], "trials": total}
         given = self.experiment.as_dict()
         experiment |= {key: given[key] for key in ("artifacts", "final")}
+        if "loaders" in given["data"]:
+            experiment["data"] = {**experiment["data"], "loaders": given["data"]["loaders"]}
         if experiment["artifacts"] != facts["experiment"].get("artifacts"):
             self.study.files.forget()  # what lies in another store is not in this one
         if experiment != facts["experiment"]:
@@ -133,6 +136,11 @@ class Search:
                 note(f"  {line}")
         if latency := self.pricing.context.get("latency"):
             note(f"latency_s is that of another time and perhaps another place: {latency}")
+        if getattr(self.experiment.data, "loaders", 1) == 0 and on_cuda(self.experiment.trainer):
+            note(
+                "the training process reads the images, for which a GPU may wait; data.loaders: 4 "
+                "reads by four others"
+            )
         fitting = "" if count is None else f", {count:,} within the budget"
         note(f"{self.study.name}: {space.size():,} architectures{fitting}")
         prepare = self.experiment.training.warm_start and not self.evaluator.stored

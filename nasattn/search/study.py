@@ -41,7 +41,7 @@ STATES: Mapping[TrialState, State] = {
 }
 # How a search is run: it neither decides what is proposed nor how it is judged, and leaves nothing
 # to do for a study that is complete.
-RUN = ("search.trials", "search.workers", "storage")
+RUN = ("search.trials", "search.workers", "storage", "data.loaders")
 
 
 class Study:

@@ -15,6 +15,7 @@ from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import NoReturn
 
     from nasattn.config import Experiment
     from nasattn.search.study import Study
@@ -378,10 +379,23 @@ def _search(
             with _loading():
                 search = Search(experiment, display, found)
             study = search.run(total)
+    except DeviceLost as error:
+        print(f"nasattn: {error}", file=sys.stderr, flush=True)
+        _renew(search.study)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
     print_results(study)
+
+
+def _renew(study: "Study") -> "NoReturn":
+    """Go on with the study as a new process, which is started as this one was."""
+    from nasattn.search.launchers import STORAGE
+
+    os.environ[STORAGE] = study.storage
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    again = ["resume", "--study", study.name, "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, *program, *again])
 
 
 def _interrupter() -> "Callable[[int, Any], None]":
@@ -456,9 +470,6 @@ def main() -> None:
     except UserError as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(2)
-    except DeviceLost as error:
-        print(f"nasattn: {error}", file=sys.stderr, flush=True)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except (TrialFailed, Stopped) as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(1)

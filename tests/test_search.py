@@ -751,24 +751,32 @@ main()
 
 @pytest.mark.slow
 def test_a_gpu_that_is_lost_to_the_process_fails_one_trial(write: Write) -> None:
-    """The command goes on as a new process. Where that does not help it ends."""
-    path = write(training={"epochs": 1, "batch_size": 32})
+    """The command goes on as a new process, alone as it was, with the same study. Where that does
+    not help it ends."""
+    search = {"sampler": "random", "seed": 1, "workers": 2}
+    path = write(training={"epochs": 1, "batch_size": 32}, search=search)
     storage = f"sqlite:///{path.parent}/runs/tiny.db"
+    by_formula(path, 1)
     command = [sys.executable, "-c", LOST.format(lost=False), "search", str(path), "--trials", "5"]
+    command += ["--new-study", "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    trials = load_study(storage, "tiny").trials
+    with pytest.raises(UserError, match="no study 'tiny-3'"):
+        load_study(storage, "tiny-3")
+    trials = load_study(storage, "tiny-2").trials
     assert [t.state for t in trials] == ["scored", "scored", "failed", "scored", "scored"]
     why = "AcceleratorError: CUDA error: an illegal memory access was encountered"
     assert trials[2].reason == why
     assert done.stderr.count("the GPU is of no use to this process") == 1
+    assert "worker" not in done.stdout
 
-    command = [sys.executable, "-c", LOST.format(lost=True), "search", str(path), "--trials", "20"]
+    command = [sys.executable, "-c", LOST.format(lost=True), "resume", "--storage", storage]
+    command += ["--study", "tiny-2", "--trials", "20", "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "5 trainings in a row broke here" in done.stderr
     assert "Traceback" not in done.stderr
-    states = [t.state for t in load_study(storage, "tiny").trials]
+    states = [t.state for t in load_study(storage, "tiny-2").trials]
     assert states == ["scored", "scored", "failed", "scored", "scored", *["failed"] * 4, "running"]
 
 

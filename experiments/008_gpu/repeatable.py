@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nasattn.architecture import Placement
 from nasattn.blocks import BLOCKS
 from nasattn.config import Experiment, TrainerFile
-from nasattn.evaluate.train import repeatable
+from nasattn.evaluate.device import repeatable
 from nasattn.model import build
 from nasattn.space import SearchSpace
 from nasattn.space_file import SpaceFile

@@ -17,6 +17,7 @@ from nasattn.config import Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
 from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import Checkpoints
+from nasattn.evaluate.device import check
 from nasattn.files import Files, whole
 from nasattn.model import build, load_backbone
 from nasattn.record import Score
@@ -36,9 +37,9 @@ def load_training(where: TrainerFile) -> None:
     """Lightning takes as long as all else together, so it is loaded when something is to be
     trained; before a trial is taken, for to be killed meanwhile would count as the trial's fault.
     A UserError where this machine has not what the trainer asks for."""
-    from nasattn.evaluate import train
+    from nasattn.evaluate import train  # noqa: F401
 
-    train.check(where)
+    check(where)
 
 
 def test(*arguments: Any, **options: Any) -> float:

@@ -8,7 +8,6 @@ starts from a State.
 
 import gc
 import logging
-import os
 import re
 import time
 import warnings
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 
 from nasattn.config import Schedule, TrainerFile
 from nasattn.data import Data
-from nasattn.errors import Stopped, TrialFailed, UserError
-from nasattn.evaluate import Tick, on_cuda
+from nasattn.errors import Stopped, TrialFailed
+from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import (
     Checkpoints,
     State,
@@ -42,6 +41,7 @@ from nasattn.evaluate.checkpoint import (
     seed_generators,
 )
 from nasattn.evaluate.classifier import Classifier
+from nasattn.evaluate.device import repeatable
 from nasattn.record import Score
 
 # Lightning's advice that does not hold for many short trainings on small data.
@@ -293,23 +293,6 @@ def fit(
     )
 
 
-def check(where: TrainerFile) -> None:
-    """A UserError where this machine has not the device that is asked for."""
-    mps = torch.backends.mps.is_available()
-    there = {"gpu": torch.cuda.is_available() or mps, "mps": mps}
-    if not there.get(where.accelerator, True):
-        raise UserError(
-            f"trainer.accelerator: got {where.accelerator}, but torch finds none here; allowed: "
-            "auto, cpu"
-        )
-    on_cpu = where.accelerator == "cpu" or not there["gpu"]
-    if on_cpu and where.precision == "16-mixed":  # Lightning would take bf16-mixed
-        raise UserError(
-            "trainer.precision: got 16-mixed, which is for GPUs; allowed on the CPU: 32-true, "
-            "bf16-mixed"
-        )
-
-
 def test(network: nn.Module, data: Data, *, batch_size: int, where: TrainerFile) -> float:
     """Top-1 accuracy on the test split."""
     layout = torch.channels_last if where.channels_last else torch.contiguous_format
@@ -396,24 +379,6 @@ def _training(where: TrainerFile) -> Iterator[None]:
             gc.unfreeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-@contextmanager
-def repeatable(where: TrainerFile) -> Iterator[None]:
-    """On a GPU kernels that add in the same order each time; what has none raises RuntimeError."""
-    settings: Any = torch.utils.deterministic
-    fills = settings.fill_uninitialized_memory
-    on = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if on_cuda(where):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has none
-        settings.fill_uninitialized_memory = False  # it would only take time
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(on, warn_only=warns)
-        settings.fill_uninitialized_memory = fills
 
 
 def _said(error: Exception) -> str:

@@ -390,9 +390,14 @@ def _search(
 
 def _renew(study: "Study") -> "NoReturn":
     """Go on with the study as a new process, which is started as this one was."""
+    import multiprocessing
+
     from nasattn.search.launchers import STORAGE
 
     os.environ[STORAGE] = study.storage
+    for loader in multiprocessing.active_children():  # they would outlive this program
+        loader.kill()
+        loader.join()
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
     again = ["resume", "--study", study.name, "--workers", "1"]
     os.execv(sys.executable, [sys.executable, *program, *again])
@@ -465,6 +470,8 @@ def main() -> None:
     # Read when numpy is loaded. A proposal's matrices are small: on a busy machine their threads
     # only wait for one another (1.5 s a proposal for 0.05).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Read at the first product on a GPU: what evaluate.device asks for.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         app(standalone_mode=True)
     except UserError as error:

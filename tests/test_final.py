@@ -33,13 +33,13 @@ from nasattn.cli import app
 from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data, load
-from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate, train
 from nasattn.model import build, load_backbone
 from nasattn.pareto import non_dominated
 from nasattn.record import Cost, Score
 from nasattn.report import write_report
-from nasattn.search import final_text
+from nasattn.search import final_text, outage
 from nasattn.search.display import Display
 from nasattn.search.final import Evaluation, contenders, control_of, evaluations
 from nasattn.search.loop import Search
@@ -526,6 +526,24 @@ def test_a_broken_machine_does_not_use_up_the_evaluations(
     path = write()
     errors = {f"_{n}": RuntimeError("CUDA error: an illegal memory access") for n in range(2, 7)}
     Trainings(monkeypatch, **errors)
+    with pytest.raises(Stopped, match="5 trainings in a row broke here"):
+        run(path)
+    assert len(stored(path)) == 4, "the fifth is left open"
+
+
+def test_a_gpu_that_is_lost_again_and_again_does_not_use_them_up_either(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time a new process goes on, and knows of those before it."""
+    path = write()
+    monkeypatch.setenv(outage.Machine.BROKEN, "0")  # taken back at the end
+    error = torch.AcceleratorError("CUDA error: an illegal memory access")
+    Trainings(monkeypatch, **{f"_{n}": error for n in range(2, 7)})
+    for count in range(1, 5):
+        with pytest.raises(DeviceLost, match=r"final, seed 0: .* failed and left"):
+            run(path)
+        assert os.environ[outage.Machine.BROKEN] == str(count)
+        assert len(stored(path)) == count
     with pytest.raises(Stopped, match="5 trainings in a row broke here"):
         run(path)
     assert len(stored(path)) == 4, "the fifth is left open"

@@ -6,12 +6,15 @@ Lightning trainings run where the training itself is: kills, failures, weights, 
 
 import gc
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,20 +35,22 @@ from nasattn import cli, load_study
 from nasattn.architecture import NONE, Architecture
 from nasattn.config import Experiment, TrainerFile
 from nasattn.data import load
-from nasattn.errors import TrialFailed, UserError
+from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate
 from nasattn.evaluate.train import Tick
 from nasattn.model import build
 from nasattn.pareto import non_dominated
 from nasattn.pricing import Candidates
 from nasattn.record import Score
-from nasattn.search import frontier_space, loop
+from nasattn.search import frontier_space, loop, outage
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display
+from nasattn.search.launchers import STORAGE
 from nasattn.search.loop import Search, weights_of_trial
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
 from nasattn.search.study import Study
+from nasattn.search.workers import search_with
 from nasattn.space import SearchSpace
 
 Write = Callable[..., Path]
@@ -563,9 +568,12 @@ def test_a_device_that_is_not_there_is_refused_before_a_trial_is_taken(
     training = {"epochs": 1, "batch_size": 32, "warm_start": warm_start}
     path = write(trainer=trainer, training=training)
     search = searching(path)
+    search.announce(3)  # also where only other machines train
     with pytest.raises(UserError, match=says):
         search.run(3)
     assert not search.study.trials
+    with pytest.raises(UserError, match=says):  # before any of them is started
+        search_with(search.experiment, 3, 2, search.display)
     figures = path.parent / "weights.safetensors"
     with pytest.raises(UserError, match=says):
         candidate.train_architecture(
@@ -767,7 +775,7 @@ def test_a_gpu_that_is_lost_to_the_process_fails_one_trial(write: Write) -> None
     assert [t.state for t in trials] == ["scored", "scored", "failed", "scored", "scored"]
     why = "AcceleratorError: CUDA error: an illegal memory access was encountered"
     assert trials[2].reason == why
-    assert done.stderr.count("the GPU is of no use to this process") == 1
+    assert done.stderr.count("trial 2 failed and left this process a GPU of no use") == 1
     assert "worker" not in done.stdout
 
     command = [sys.executable, "-c", LOST.format(lost=True), "resume", "--storage", storage]
@@ -778,6 +786,45 @@ def test_a_gpu_that_is_lost_to_the_process_fails_one_trial(write: Write) -> None
     assert "Traceback" not in done.stderr
     states = [t.state for t in load_study(storage, "tiny-2").trials]
     assert states == ["scored", "scored", "failed", "scored", "scored", *["failed"] * 4, "running"]
+
+
+@pytest.mark.parametrize("fails", ["the backbone", "the baseline"])
+def test_a_gpu_that_is_lost_by_the_plain_backbone_is_tried_again(
+    write: Write, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    path = write()
+    monkeypatch.setenv(outage.Machine.BROKEN, "0")  # taken back at the end
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nand advice")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidate.Evaluator, "prepare" if "bone" in fails else "__call__", lost)
+        for _ in range(4):
+            with pytest.raises(DeviceLost, match=r"failed and left .* \(CUDA error: [a-z ]*\);"):
+                searching(path).run(2)
+        with pytest.raises(Stopped, match="5 trainings in a row broke here"):
+            searching(path).run(2)
+    study = searching(path).run(2)
+    assert [t.state for t in study.trials] == ["scored"] * 2
+
+
+def test_a_process_that_is_renewed_leaves_no_others(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = by_formula(write(), 1)
+    loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    loader.start()
+    began: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: began.extend(arguments))
+    monkeypatch.setenv(STORAGE, "")  # taken back at the end
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "nasattn", "search", "e.yaml", "--new"])
+    monkeypatch.setattr(sys, "argv", ["nasattn/__main__.py", "search", "e.yaml", "--new"])
+    cli._renew(study)
+    assert loader.exitcode == -signal.SIGKILL
+    again = ["-m", "nasattn", "resume", "--study", "tiny", "--workers", "1"]
+    assert began == [sys.executable, [sys.executable, *again]]
+    assert os.environ[STORAGE] == study.storage
 
 
 @pytest.mark.slow

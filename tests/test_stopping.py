@@ -377,10 +377,10 @@ def test_the_end_of_halving_is_announced_when_it_is_resumed(
     monkeypatch.setattr(again.display, "note", said.append)
     coming = ParetoHalving.of(again.experiment).to_come(again.study.trials, TRIALS)  # type: ignore[union-attr]
     again.run(TRIALS)
-    (announced,) = (text for text in said if "trainings to go" in text)
+    (announced,) = (text for text in said if " to go" in text)
     _, second, third = map(round, coming)
     rungs = again.experiment.rungs
-    expected = f"trainings to go: about {second} to {rungs[1]} epochs, {third} to {rungs[2]} epochs"
+    expected = f"trials to go: about {second} to {rungs[1]} epochs, {third} to {rungs[2]} epochs"
     assert announced.startswith(expected)
     assert again.study.promotable() is None
 

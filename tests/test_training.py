@@ -26,10 +26,11 @@ from nasattn.blocks import BLOCKS
 from nasattn.config import CuedDigits, Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
 from nasattn.errors import Stopped, TrialFailed
-from nasattn.evaluate import checkpoint
+from nasattn.evaluate import checkpoint, device
 from nasattn.evaluate.candidate import Evaluator, Weights
 from nasattn.evaluate.rate import rate
 from nasattn.evaluate.train import Tick, fit
+from nasattn.evaluate.train import test as score_test
 from nasattn.model import build
 from nasattn.record import Score
 from nasattn.space import SearchSpace
@@ -240,9 +241,10 @@ class Putting(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.modes = network, list[int]()
 
     def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(torch.get_deterministic_debug_mode())
         y: Tensor = self.network(x)
         first = torch.zeros(1, dtype=torch.int64, device=y.device)
         return y.contiguous().clone().put_(first, y[0, :1].detach())
@@ -252,7 +254,7 @@ class Putting(nn.Module):
 def test_what_has_no_deterministic_kernel_is_trained_from_the_start_without(
     data: Data, tmp_path: Path, ema: float
 ) -> None:
-    schedule, notes, trained = Schedule(epochs=2, batch_size=32, ema=ema), [], []
+    schedule, notes, trained, scores = Schedule(epochs=2, batch_size=32, ema=ema), [], [], []
     for strict in (False, True):
         torch.manual_seed(0)
         network = Putting(build(candidate()))
@@ -263,12 +265,50 @@ def test_what_has_no_deterministic_kernel_is_trained_from_the_start_without(
             where = TrainerFile(accelerator="cpu")
             score = fit(network, data, schedule, seed=1, where=where, checkpoints=kept)
             assert torch.get_deterministic_debug_mode() == 2 * strict, "as it was"
+            scored = score_test(network, data, batch_size=32, where=where)
         finally:
             torch.set_deterministic_debug_mode(before)
         trained.append((score, network.state_dict()))
+        scores.append(scored)
         assert len(notes) == strict
-    assert same(*trained)
-    assert notes == ["not the same bits each time on a GPU: torch's put_ is not"]
+        # 2: all others raise, 1: they warn.
+        assert set(network.modes) == ({2, 1} if strict else {0})
+        assert network.modes.count(2) == 2 * strict, "once in training and once in the test"
+    assert same(*trained) and scores[0] == scores[1]
+    text = "put_ does not have a deterministic implementation"
+    assert notes == [f"not the same bits each time on a GPU: {text}"]
+
+
+def test_on_a_gpu_kernels_are_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the settings of before come back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    modes = []
+    for accelerator in ("cpu", "auto", "gpu"):
+        with device.repeatable(TrainerFile(accelerator=accelerator)):
+            modes.append(torch.get_deterministic_debug_mode())
+            assert settings.fill_uninitialized_memory == (accelerator == "cpu")
+        assert torch.get_deterministic_debug_mode() == 0 and settings.fill_uninitialized_memory
+    assert modes == [0, 2, 2]
+
+
+def test_an_error_of_cublas_is_no_end() -> None:
+    said, tries = list[str](), iter([RuntimeError("Deterministic behavior was enabled: CuBLAS"), 5])
+
+    def work() -> object:
+        if isinstance(found := next(tries), Exception):
+            raise found
+        return found
+
+    before = torch.get_deterministic_debug_mode()
+    try:
+        assert device.alike(work, said.append) == 5
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in said[0]
+    with pytest.raises(RuntimeError, match="anything else"):
+        device.alike(lambda: (_ for _ in ()).throw(RuntimeError("anything else")), said.append)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

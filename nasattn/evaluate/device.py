@@ -1,9 +1,10 @@
 """The device that a training is on: whether it is there, and that it computes alike each time."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,15 +12,18 @@ from nasattn.config import TrainerFile
 from nasattn.errors import UserError
 from nasattn.evaluate import on_cuda
 
+T = TypeVar("T")
+
 
 def check(where: TrainerFile) -> None:
     """A UserError where this machine has not the device that is asked for."""
     mps = torch.backends.mps.is_available()
     there = {"gpu": torch.cuda.is_available() or mps, "mps": mps}
     if not there.get(where.accelerator, True):
+        allowed = ", ".join(["auto", "cpu", *(name for name, found in there.items() if found)])
         raise UserError(
             f"trainer.accelerator: got {where.accelerator}, but torch finds none here; allowed: "
-            "auto, cpu"
+            f"{allowed}"
         )
     on_cpu = where.accelerator == "cpu" or not there["gpu"]
     if on_cpu and where.precision == "16-mixed":  # Lightning would take bf16-mixed
@@ -45,3 +49,22 @@ def repeatable(where: TrainerFile) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(on, warn_only=warns)
         settings.fill_uninitialized_memory = fills
+
+
+def alike(work: Callable[[], T], note: Callable[[str], None]) -> T:
+    """What `work` gives within `repeatable`; where a kernel is not deterministic it is noted, and
+    the work done anew with what deterministic ones there are."""
+    try:
+        return work()
+    except RuntimeError as error:
+        text = str(error)
+        if "does not have a deterministic" not in text and not text.startswith("Deterministic"):
+            raise
+    # Not in the handler: the error holds all that was computed until it came.
+    why = text.partition(", but")[0]
+    if "CuBLAS" in text:
+        why = "something came before CUBLAS_WORKSPACE_CONFIG=:4096:8 was set"
+    note(f"not the same bits each time on a GPU: {why}")
+    gc.collect()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return work()

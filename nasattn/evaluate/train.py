@@ -41,7 +41,7 @@ from nasattn.evaluate.checkpoint import (
     seed_generators,
 )
 from nasattn.evaluate.classifier import Classifier
-from nasattn.evaluate.device import repeatable
+from nasattn.evaluate.device import alike, repeatable
 from nasattn.record import Score
 
 # Lightning's advice that does not hold for many short trainings on small data.
@@ -52,7 +52,7 @@ NOISE = (
     ".*MPS available but not used.*",
     ".*`_pytree`.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*deterministic.*",  # where one has no such kernel this is noted once
+    ".*deterministic.*",  # device.alike notes it
 )
 
 
@@ -170,6 +170,7 @@ class _Run:
 
     def __call__(self) -> tuple[State, State]:
         """The trunk and the last rung's decay; the network has the latter's weights."""
+        self.begun = time.perf_counter()
         trunk = self.read(self.TRUNK) or self.first
         decay = self.read(self.DECAY)
         self.before = max(trunk.seconds, decay.seconds if decay else 0.0)
@@ -232,8 +233,8 @@ class _Run:
             self.checkpoints.write(self.TRUNK if state.rung is None else self.DECAY, state)
 
 
-def _nobody(step: str) -> None:
-    """Is told of steps where there are no checkpoints."""
+def _nobody(text: str) -> None:
+    """Is told of steps, and more, where there are no checkpoints."""
 
 
 def fit(
@@ -270,15 +271,7 @@ def fit(
         checkpoints=checkpoints,
     )
     with _training(where), generators_kept():
-        try:
-            trunk, decay = run()
-        except RuntimeError as error:
-            if not (what := re.match(r"(.+) does not have a deterministic", str(error))):
-                raise
-            if checkpoints:
-                checkpoints.note(f"not the same bits each time on a GPU: torch's {what[1]} is not")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            trunk, decay = run()
+        trunk, decay = alike(run, checkpoints.note if checkpoints else _nobody)
     whole = decay.points if decay.rung == schedule.epochs else trunk.points
     last = decay.points[-1]
     return Score(
@@ -303,9 +296,13 @@ def test(network: nn.Module, data: Data, *, batch_size: int, where: TrainerFile)
         classes=data.classes,
         layout=layout,
     )
-    with _training(where):
+
+    def validate() -> None:
         trainer = _trainer(where, classifier.schedule, [])
         trainer.validate(classifier, data.loader("test", batch_size, 0), verbose=False)
+
+    with _training(where):
+        alike(validate, _nobody)
     return classifier.points[-1]["accuracy"]
 
 

@@ -79,6 +79,7 @@ class Search:
             self.study.files,
         )
         self._job: Job | None = None  # what is being evaluated
+        self._remarks: set[str] = set()  # that were said
         self.stopping = ParetoHalving.of(experiment)
         self._published: list[Trial] = []
         self._machine = Machine()
@@ -95,7 +96,7 @@ class Search:
                 self._have_backbone()
             self.display.begin(self.study, total)
             self._work(total)
-            Retraining(self.study, self.data, self.display, self.leases).run()
+            Retraining(self.study, self.data, self.display, self.leases, self._machine).run()
         return self.study
 
     def _leases(self) -> Leases:
@@ -153,12 +154,13 @@ class Search:
         if halving := self.stopping:  # most take only a part of the epochs
             coming = halving.to_come(trials, total)
             whole = halving.epochs(coming) / halving.rungs[-1]
-            togo = f"trainings to go: {halving.trainings(coming)}"
+            togo = f"trials to go: {halving.trainings(coming)}"
+            togo += f", {seeds} times each" * (seeds > 1) + "; the plain backbone first" * prepare
         if seconds and not prepare:
             estimate = whole * sum(seconds) / len(seconds)
         else:
             estimate = self._estimate(whole, prepare=prepare)
-        about = f", about {duration(estimate / workers)}" if estimate else ""
+        about = f", in about {duration(estimate / workers)}" if estimate else ""
         note(f"{togo}{about}; Ctrl-C stops, the same command goes on")
 
     def _estimate(self, trainings: float, *, prepare: bool) -> float:
@@ -208,8 +210,10 @@ class Search:
         return patiently(lambda: slots.next(self._publish), self.display.note)
 
     def _remark(self, text: str) -> None:
-        """Of a training, such as a checkpoint that cannot be used: said, and kept in its row."""
-        self.display.note(text)
+        """Of a training, such as a checkpoint that cannot be used: said once, kept in its row."""
+        if text not in self._remarks:
+            self.display.note(text)
+        self._remarks.add(text)
         if (job := self._job) is not None:
             patiently(partial(self.study.remark, job.row, text), self.display.note)
 
@@ -223,9 +227,9 @@ class Search:
         except Exception as error:
             why, trace = self._machine.blamed(error), traceback.format_exc()
             patiently(lambda: slots.fail(job, why, trace), self.display.note)
+            self._machine.renew(error, f"trial {job.trial.number}")
             if job.trial.baseline:
                 raise TrialFailed(f"the plain backbone could not be trained: {why}") from error
-            self._machine.renew(error)
         else:
             self._machine.works()
             if score is not None:
@@ -277,7 +281,7 @@ class Search:
                 raise TrialFailed(f"the plain backbone could not be trained: {killed}")
             if killed is not None:
                 self._start(None)
-                self.evaluator.prepare(self._tick)
+                self._prepare()
                 patiently(lambda: self.leases.release(BACKBONE), self.display.note)
             elif not waits:
                 task = "waiting for the plain backbone, which another worker trains"
@@ -285,7 +289,10 @@ class Search:
                 self.leases.doing = {"task": self.display.task}
                 waits = True
             time.sleep(WAIT * waits)
-        self.evaluator.prepare(self._tick)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._machine.guarded(lambda: self.evaluator.prepare(self._tick), "the plain backbone")
 
     def _start(self, trial: Trial | None) -> None:
         """Show what begins: a trial's training, or the backbone's."""

@@ -94,14 +94,29 @@ class Machine:
             ) from error
         return why
 
-    def renew(self, error: Exception) -> None:
-        """Raises DeviceLost where the error, which has been recorded, is one of CUDA's: they stay
+    def renew(self, error: Exception, what: str) -> None:
+        """Raises DeviceLost where the error, which has been blamed, is one of CUDA's: they stay
         with the process, and each training after it would end in the same one."""
-        if type(error).__name__ == "AcceleratorError":
+        if _stays(error):
             os.environ[self.BROKEN], why = str(self._broken), str(error).splitlines()[0]
             raise DeviceLost(
-                f"the GPU is of no use to this process any more ({why}); a new one goes on"
+                f"{what} failed and left this process a GPU of no use ({why}); a new one goes on"
             ) from error
+
+    def guarded(self, work: Callable[[], T], what: str) -> T:
+        """What `work` gives, which is done again if it fails; raises DeviceLost, too."""
+        try:
+            return work()
+        except Exception as error:
+            if _stays(error):
+                self.blamed(error)
+                self.renew(error, what)
+            raise
+
+
+def _stays(error: Exception) -> bool:
+    """Whether the process has this error of CUDA's from now on."""
+    return type(error).__name__ == "AcceleratorError"
 
 
 def gone(error: BaseException) -> bool:

@@ -28,11 +28,13 @@ class Retraining:
     """One worker's part in a study's `final`: what is not in the database yet and nobody else is
     at, seed by seed, so that a comparison within a seed is whole as early as can be."""
 
-    def __init__(self, study: Study, data: Data, display: Display, leases: Leases) -> None:
+    def __init__(
+        self, study: Study, data: Data, display: Display, leases: Leases, machine: Machine
+    ) -> None:
         self.study, self.data, self.display, self.leases = study, data, display, leases
+        self._machine = machine
         self.experiment: Experiment = study.config
         trials = study.trials
-        self._machine = Machine()
         self.planned = contenders(trials, study.frontier(trials))
         seeds = self.experiment.final.seeds if self.experiment.final else 0
         self.evaluators = [evaluator_of(study, data, s, display.note) for s in range(seeds)]
@@ -100,7 +102,9 @@ class Retraining:
                 raise TrialFailed(killed)
             if not evaluator.stored:
                 self._start(f"final, seed {seed}: training the plain backbone anew")
-            evaluator.prepare(self._tick)
+            self._machine.guarded(
+                lambda: evaluator.prepare(self._tick), f"final, seed {seed}: the plain backbone"
+            )
         except TrialFailed as error:
             for contender in todo:
                 why = f"the plain backbone could not be trained: {error}"
@@ -125,7 +129,7 @@ class Retraining:
             raise
         except Exception as error:
             self._end(contender, seed, _blank(contender, seed, self._machine.blamed(error)))
-            self._machine.renew(error)
+            self._machine.renew(error, f"final, seed {seed}: {_name(contender)}")
         else:
             self._machine.works()
             done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)

@@ -78,8 +78,8 @@ def search(
         if new_study:
             name = free_name(loaded.storage, loaded.study)
             print(
-                f"new study: {name}; it goes on by: "
-                f"nasattn resume --study {name} --storage '{shown(loaded.storage)}'"
+                f"new study: {name}; other commands take `--study {name}` beside the file; it goes "
+                f"on by: nasattn resume --study {name} --storage '{shown(loaded.storage)}'"
             )
             loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
@@ -185,6 +185,7 @@ def export(
     found = _study(experiment, storage, study)
     trial = found.select(select)
     check_export(out)
+    print(f"exporting trial {trial.number} ...", file=sys.stderr, flush=True)
     weights = weights_of_trial(found, trial, Display(console()))
     try:
         print(export_trial(found, trial, weights, out))
@@ -364,11 +365,14 @@ def _search(
         print(f"the study '{found.name}': {told}", flush=True)
 
     with _loading():
+        from nasattn.evaluate.device import check
         from nasattn.search.display import Display
         from nasattn.search.loop import Search
         from nasattn.search.workers import launcher as launcher_of
         from nasattn.search.workers import search_with
 
+    if launcher == "local":
+        check(experiment.trainer)
     signal.signal(signal.SIGTERM, _interrupter())
     display = Display(console())
     start = launcher_of(launcher, options or [], experiment, display.note)
@@ -447,10 +451,8 @@ def _experiment(path: Path, storage: str | None = None) -> "Experiment":
 
 def _study(experiment: Path | None, storage: str | None, name: str | None) -> "Study":
     if experiment is not None:
-        if name is not None:
-            raise UserError("give EXPERIMENT.yaml, or --storage and --study, not both")
         loaded = _experiment(experiment, storage)
-        storage, name = loaded.storage, loaded.study
+        storage, name = loaded.storage, name or loaded.study
     if storage is None or name is None:
         raise UserError("which study? Give EXPERIMENT.yaml, or both --storage URL and --study NAME")
     with _loading():

@@ -269,8 +269,14 @@ class Experiment(Strict):
         """The table itself, or the path of its file: it is stored with the study."""
         if not isinstance(table, str):
             return table
+        path = _rebased(table, info)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: there is no such file; `nasattn profile`, run on the target device, "
+                "makes it"
+            )
         try:
-            return load_yaml(_rebased(table, info))[0]
+            return load_yaml(path)[0]
         except UserError as error:
             raise ValueError(str(error)) from None
 

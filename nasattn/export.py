@@ -16,11 +16,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nasattn import __version__
+from nasattn.config import ImageFolder
+from nasattn.data.image_folder import MARGIN, normalisation
 from nasattn.document import dump_yaml
 from nasattn.errors import UserError
 from nasattn.files import make_folder
 from nasattn.model import build
-from nasattn.record import Trial
+from nasattn.record import Trial, counted
+from nasattn.search.final_text import interval, judged_on
 from nasattn.search.study import Study, accuracy
 
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
@@ -202,7 +205,8 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         evaluator=trial.score.evaluator if trial.score else "",
         classes=architecture.classes,
         shape=", ".join(map(str, architecture.input)),
-        prepared=PREPARED[study.config.data.name],
+        prepared=_prepared(study, architecture.input),
+        final=_final(study, trial),
         data=dump_yaml(data, flow=True, width=96).strip(),
         parity=parity,
         date=datetime.now(UTC).date().isoformat(),
@@ -210,11 +214,64 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
     )
 
 
-PREPARED = {
-    "cued_digits": "composed by nasattn.data.cued_digits",
-    "image_folder": "pixels in [0, 1], less `mean`, by `std` (ImageNet's where none is listed); "
-    "class i is the i-th folder by name",
-}
+def _prepared(study: Study, shape: tuple[int, int, int]) -> str:
+    """How an image becomes an input, with the names of the outputs."""
+    config = study.config.data
+    if not isinstance(config, ImageFolder):
+        return "\nIt was trained on images that nasattn.data.cued_digits composes.\n"
+    channels, height, width = shape
+    mean, std = normalisation(config, channels)
+    names = study.facts.get("images", {}).get("names", ())
+    known = "".join(f"\n    {i}  {name}" for i, name in enumerate(names))
+    return PREPARED.format(
+        mode="RGB" if channels == 3 else "L",
+        height=height,
+        width=width,
+        channels=channels,
+        margin=MARGIN,
+        mean=list(mean),
+        std=list(std),
+    ) + (f"\nThe classes, in the order of the logits:\n{known}\n" if known else "")
+
+
+def _final(study: Study, trial: Trial) -> str:
+    """What the trainings at the end of the search gave, which are less flattered."""
+    final = study.final()
+    rows = final["rows"] if final and final["done"] else []
+    row = next((r for r in rows if r["number"] == trial.number), None)
+    if not final or not row or not (figures := row[judged_on(final)]):
+        return ""
+    seeds = final["seeds"]
+    over = interval(figures.get("gain"), seeds, "+")
+    return (
+        f"\nTrained anew at the end, {counted(seeds, 'seed')}: {judged_on(final)} accuracy "
+        f"{interval(figures, seeds)}, over the plain backbone {over} (means with 95 % intervals; "
+        "these weights are the search's own).\n"
+    )
+
+
+# The same as nasattn.data.image_folder does it: a test holds the two together.
+PREPARED = """
+```python
+import numpy as np
+from PIL import Image, ImageOps
+
+picture = ImageOps.exif_transpose(Image.open("photo.jpg"))
+if picture.has_transparency_data:
+    page = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(page, picture.convert("RGBA"))
+picture = picture.convert("RGB").convert("{mode}")
+width, height = {width}, {height}
+scale = {margin} * max(width / picture.width, height / picture.height)
+w, h = width / scale, height / scale
+left, top = (picture.width - w) / 2, (picture.height - h) / 2
+box = (left, top, left + w, top + h)
+picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+pixels = np.asarray(picture, np.float32).reshape(height, width, {channels}) / 255
+pixels = (pixels - np.float32({mean})) / np.float32({std})
+image = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+```
+"""
 README = """\
 # Trial {number} of {study}
 
@@ -230,7 +287,7 @@ The accuracy is that of the validation split, which also chose this network amon
 it is a little flattered. Evaluator: {evaluator}; ± is one standard deviation over the seeds; the
 weights are the first seed's. `macs` are multiply-adds of one image, norms and activations not
 counted.
-
+{final}
 ## Load it in Python
 
 ```python
@@ -258,7 +315,9 @@ logits = session.run(["logits"], {{"image": image}})[0]
 `image` is float32 (N, {shape}) for any N, prepared as below; `logits` is (N, {classes}).
 Compared with the network above: {parity}.
 
-The data it was trained on ({prepared}):
+## Prepare an image
+{prepared}
+The options of the data:
 
     {data}
 

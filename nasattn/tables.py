@@ -72,7 +72,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         summary = summary | {"final": done}
     for key, value in summary.items():
         if key not in ("halving", "workers", "failures"):
-            print(f"{key:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{key:>12}  {'-' if value is None else shown}")
     if summary["running"] and not summary["workers"]:
         print("  what is running was interrupted: the next search goes on with it")
     for text in summary["halving"]:

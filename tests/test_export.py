@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, FakeStudy
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 import nasattn
 from nasattn import export
 from nasattn.cli import app
+from nasattn.config import ImageFolder
 from nasattn.data import load
 from nasattn.errors import UserError
 from nasattn.export import ExportRefused, check_export, export_trial
@@ -147,6 +150,61 @@ def test_the_readme_has_the_records_figures(exported: Exported) -> None:
     for site, spec in trial.architecture.specs.items():
         assert f"`{spec}` after `{site}`" in exported.readme
     assert f"torch {torch.__version__}" in exported.readme
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["wide.jpg", "alpha.png", "grey.png", "turned.jpg"])
+def test_the_readme_prepares_an_image_as_the_validation_did(
+    fake_study: FakeStudy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    kind: str,
+) -> None:
+    rng = np.random.default_rng(0)
+    modes = {"alpha.png": ("RGBA", 4), "grey.png": ("L", 1)}
+    mode, depth = modes.get(kind, ("RGB", 3))
+    pixels = rng.integers(0, 256, (70, 130, depth), np.uint8)
+    image = Image.fromarray(pixels.squeeze(), mode)
+    exif = image.getexif()
+    if kind == "turned.jpg":
+        exif[0x0112] = 6
+    for number in range(8):
+        path = tmp_path / f"photos/{'ab'[number % 2]}/{number}{Path(kind).suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, exif=exif)
+    image.save(
+        tmp_path / "photo.jpg" if kind.endswith("jpg") else tmp_path / "photo.png", exif=exif
+    )
+    config = ImageFolder.model_validate({"name": "image_folder", "root": tmp_path / "photos"})
+    shape = (channels, 32, 48)
+    study = fake_study(2)
+    monkeypatch.setattr(study, "config", study.config.model_copy(update={"data": config}))
+    data = load(config, shape, 2)
+    monkeypatch.setattr(study, "facts", {**study.facts, "images": data.facts})
+    text = export._prepared(study, shape)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("photo.jpg", "photo.jpg" if kind.endswith("jpg") else "photo.png"), names)
+    expected, _ = data.val.__getitems__([0])
+    torch.testing.assert_close(torch.from_numpy(names["image"]), expected, rtol=0, atol=1e-6)
+    assert text.endswith("\n\n    0  a\n    1  b\n")
+
+
+def test_the_readme_has_the_finals_figures(
+    fakes: Study, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gain = {"mean": 0.01, "low": -0.1, "high": 0.12, "n": 2}
+    figures = {"mean": 0.52, "low": 0.5, "high": 0.54, "n": 2, "gain": gain}
+    row = {"number": exported.trial.number, "test": figures}
+    final = {"done": 4, "test": True, "seeds": 2, "rows": [{"number": 0, "test": figures}, row]}
+    monkeypatch.setattr(Study, "final", lambda self: final)
+    said = export._final(fakes, exported.trial)
+    assert "2 seeds: test accuracy 0.5200 [0.5000, 0.5400]" in said
+    assert "over the plain backbone +0.0100 [-0.1000, +0.1200]" in said
+    final["done"] = 0
+    assert export._final(fakes, exported.trial) == ""
 
 
 def test_other_files_stay_and_nothing_else_is_left(exported: Exported) -> None:

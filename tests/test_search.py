@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -49,8 +50,7 @@ from nasattn.search.launchers import STORAGE
 from nasattn.search.loop import Search, weights_of_trial
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
-from nasattn.search.study import Study
-from nasattn.search.workers import search_with
+from nasattn.search.study import FACTS, Study
 from nasattn.space import SearchSpace
 
 Write = Callable[..., Path]
@@ -512,20 +512,68 @@ def test_what_trains_is_loaded_before_a_trial_is_taken(
     assert [t.state for t in search.study.trials] == ["scored"] * 2
 
 
-def test_who_reads_the_images_may_change_and_changes_nothing(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle of a study: its plain backbone and its trials stay, a bare resume takes it."""
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 80 images of each of two classes."""
     rng = np.random.default_rng(0)
     for number in range(160):
         path = tmp_path / f"photos/{number % 2}/{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 200, (32, 64)) + 50 * (number % 2)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path) -> None:
+    """Another list would be split otherwise: what was trained on would be judged by."""
+    data = {"name": "image_folder", "root": str(photos)}
+    path = write(data=data, space=SPACE | {"classes": 2})
+    searching(path)
+    more = photos / "0" / "more.png"
+    shutil.copy(photos / "0" / "0.png", more)
+    assert searching(path).study.facts["images"]["files"] == 161, "no trial has begun"
+    by_formula(path, 2)
+    more.unlink()
+    with pytest.raises(UserError, match=r"images have changed .* \(161 then, 160 now\)"):
+        searching(path)
+    more.write_bytes((photos / "0" / "2.png").read_bytes())
+    study = by_formula(path, 3)
+    assert len(study.trials) == 3
+    assert study.facts["images"]["names"] == ["0", "1"]
+
+    old = {k: v for k, v in study.facts.items() if k != "images"}
+    study.optuna.set_user_attr(FACTS, old)
+    assert searching(path).study.facts["images"] == study.facts["images"], "of an earlier version"
+    more.unlink()
+    with pytest.raises(UserError, match="images have changed"):
+        searching(path)
+
+
+def test_before_the_first_trial_all_may_be_edited(write: Write) -> None:
+    """What stops a search at once can be mended."""
+    searching(write(pretrain={"epochs": 1}))
+    wider = SPACE | {"max_blocks": 1}
+    changes: dict[str, Any] = {"pretrain": {"epochs": 3}, "trainer": {"threads": 2}, "space": wider}
+    search = searching(write(**changes))
+    assert search.study.config.pretrain.epochs == 3 and search.study.config.trainer.threads == 2
+    assert search.study.config.space.max_blocks == 1
+    with search._leases(), pytest.raises(UserError, match=r"pretrain\.epochs: 3 -> 4"):
+        searching(write(**changes | {"pretrain": {"epochs": 4}}))
+    with pytest.raises(UserError, match="objectives"):
+        searching(write(**changes | {"objectives": ["accuracy", "params"]}))
+    by_formula(write(**changes), 1)
+    with pytest.raises(UserError, match=r"pretrain\.epochs: 3 -> 4"):
+        searching(write(**changes | {"pretrain": {"epochs": 4}}))
+
+
+def test_who_reads_the_images_may_change_and_changes_nothing(
+    write: Write, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a study: its plain backbone and its trials stay, a bare resume takes it."""
     monkeypatch.setattr(loop, "on_cuda", lambda where: True)
 
     def fields(loaders: int) -> dict[str, Any]:
-        data = {"name": "image_folder", "root": str(tmp_path / "photos"), "loaders": loaders}
+        data = {"name": "image_folder", "root": str(photos), "loaders": loaders}
         return {"data": data, "space": SPACE | {"classes": 2}}
 
     said: dict[str, list[str]] = {}
@@ -572,8 +620,11 @@ def test_a_device_that_is_not_there_is_refused_before_a_trial_is_taken(
     with pytest.raises(UserError, match=says):
         search.run(3)
     assert not search.study.trials
-    with pytest.raises(UserError, match=says):  # before any of them is started
-        search_with(search.experiment, 3, 2, search.display)
+    fresh = ["search", str(write("fresh", trainer=trainer)), "--workers"]
+    for count in "12":
+        refused = CliRunner().invoke(cli.app, [*fresh, count]).exception
+        assert isinstance(refused, UserError) and re.search(says, str(refused))
+    assert not (path.parents[1] / "fresh/runs").exists(), "nor is a study made"
     figures = path.parent / "weights.safetensors"
     with pytest.raises(UserError, match=says):
         candidate.train_architecture(

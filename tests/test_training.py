@@ -447,6 +447,13 @@ def test_it_goes_on_from_the_last_epoch(data: Data, half: Half) -> None:
     assert made.notes == []  # type: ignore[attr-defined]
 
 
+def test_a_backbone_that_has_not_learned_is_told(data: Data, tmp_path: Path) -> None:
+    """64 images of 10 classes: .1 by chance, with a standard error of .0375."""
+    made = evaluator(data, tmp_path)
+    assert made._how_well(0.18) == "the plain backbone is trained: accuracy 0.1800"
+    assert "no more than chance (0.1000)" in made._how_well(0.17)
+
+
 def test_every_flipped_bit_is_noticed(half: Half, tmp_path: Path) -> None:
     home, _ = half
     raw = (home / "kept" / "0" / "trunk.safetensors").read_bytes()
@@ -478,7 +485,8 @@ def test_a_disk_that_is_full_is_noted_and_the_training_ends(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert same(made(candidate(), quiet, checkpoints=tmp_path / "kept"), expected)
-    notes = made.notes  # type: ignore[attr-defined]
+    backbone, *notes = made.notes  # type: ignore[attr-defined]
+    assert backbone.startswith("the plain backbone is trained: accuracy 0.")
     assert len(notes) == 6 and all("No space left" in note for note in notes)
 
 

@@ -5,18 +5,23 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import FakeStudy
 from rich.cells import cell_len
 from rich.console import Console
 from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner
 
+from nasattn import cli
+from nasattn.errors import UserError
 from nasattn.record import Trial
 from nasattn.search import display as display_module
 from nasattn.search import outage
-from nasattn.search.display import REDRAW, Display, Worker, sparkline
+from nasattn.search.display import REDRAW, Display, Worker, duration, sparkline
 from nasattn.search.study import Study, accuracy
 from nasattn.search.watch import Follower, described, watch
 from nasattn.tables import print_summary
@@ -208,6 +213,53 @@ def test_a_database_that_is_away_for_a_moment_is_waited_for(
     display, text = plain()
     watch(whole, display, 0.01)
     assert not fails and text.getvalue().count("server closed the connection") == 2
+
+
+def test_the_last_training_has_its_time_left_as_the_others(whole: Study) -> None:
+    """When a trial has ended, its worker's share is not one of what is left."""
+    display, text = plain()
+    display.begin(whole, 20)
+    display.start("trial 18: se")
+    display.tick(1.0, 0.5)
+    trials = whole.trials[:19]
+    display.end(trials[18], trials, 0)
+    seconds = [t.score.seconds for t in trials if t.score]
+    left = duration(sum(seconds) / len(seconds))
+    assert f"about {left} left]" in text.getvalue().splitlines()[-1]
+    display.workers = [
+        Worker(task="trial 18: se", share=1.0),
+        Worker(task="trial 17: se", share=0.5),
+    ]
+    display.end(trials[18], trials, 0)
+    assert [w.share for w in display.workers] == [0.0, 0.5]
+
+
+def test_who_looks_on_a_study_that_nobody_works_on_is_told(
+    whole: Study, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for facts, told in (([], 1), (FACTS, 0)):
+        running.count, running.facts = 5, list(facts)
+        display, text = plain()
+
+        def stop(seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("time.sleep", stop)
+        watch(whole, display, 0.01)
+        assert text.getvalue().count("nobody works on it") == told
+
+
+def test_a_study_may_be_named_beside_a_file(
+    whole: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `--new-study` names another than the file."""
+    file = tmp_path / "experiment.yaml"
+    fields = whole.config.as_dict() | {"study": "other", "storage": whole.storage}
+    file.write_text(yaml.safe_dump(fields))
+    done = CliRunner().invoke(cli.app, ["status", str(file), "--study", whole.name])
+    assert done.exit_code == 0 and f"study  {whole.name}" in done.stdout
+    missing = CliRunner().invoke(cli.app, ["status", str(file)])
+    assert isinstance(missing.exception, UserError) and "'other'" in str(missing.exception)
 
 
 def test_the_command_ends_with_a_complete_study(whole: Study) -> None:

@@ -1,8 +1,8 @@
 """The data: three splits of images and their labels. Each source is one file that offers `load`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,8 @@ class Shuffled(Sampler[int]):
 class Data:
     """What networks are trained and judged on. `input` is (C, H, W) of an image, `loaders` the
     number of worker processes that read, `notes` what the user should be told, such as files that
-    were skipped."""
+    were skipped. `facts`: what a study keeps of images that lie elsewhere and may change: how many
+    there are, a digest of their splits' lists, the names of the classes."""
 
     classes: int
     input: Shape
@@ -66,6 +67,7 @@ class Data:
     test: Split
     notes: list[str] = field(default_factory=list)
     loaders: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def loader(
         self, split: SplitName, batch_size: int, seed: int, *, first: int = 0

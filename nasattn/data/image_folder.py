@@ -105,6 +105,8 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
     notes += _report(faults, config)
     splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
     notes += _check_cover(splits, names, config.root)
+    lists = [(n, f.relative_to(config.root).as_posix(), y) for n in splits for f, y in splits[n]]
+    digest = hashlib.sha256(json.dumps(sorted(lists)).encode()).hexdigest()[:16]
     train, val, test = (
         Images(
             paths=[path for path, _ in splits[name]],
@@ -124,6 +126,7 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         test=test,
         notes=notes,
         loaders=config.loaders,
+        facts={"files": sum(map(len, splits.values())), "digest": digest, "names": names},
     )
 
 
@@ -191,6 +194,12 @@ def _recolor(x: Tensor, rngs: Iterable[np.random.Generator]) -> Tensor:
     return enhance.adjust_saturation_with_gray_subtraction(x, saturation)
 
 
+def normalisation(config: ImageFolder, channels: int) -> tuple[tuple[float, ...], ...]:
+    """mean and std, of one number a channel or one for all."""
+    pairs = ((config.mean, MEAN), (config.std, STD))
+    return tuple(given or (usual if channels == 3 else (sum(usual) / 3,)) for given, usual in pairs)
+
+
 def _normalisation(config: ImageFolder, input: Shape) -> tuple[Tensor, Tensor]:
     """mean and std as (C, 1, 1); refuses options that disagree with the input."""
     channels, height, width = input
@@ -203,8 +212,7 @@ def _normalisation(config: ImageFolder, input: Shape) -> tuple[Tensor, Tensor]:
             f"out, or write input: [{channels}, {config.size}, {config.size}] in the space"
         )
     tensors = []
-    for name, given, usual in (("mean", config.mean, MEAN), ("std", config.std, STD)):
-        values = given or (usual if channels == 3 else (sum(usual) / 3,))
+    for name, values in zip(("mean", "std"), normalisation(config, channels), strict=True):
         if len(values) not in (1, channels):
             wrong.append(
                 f"data.{name}: got {len(values)} numbers, but the space says input: {list(input)}; "

@@ -1,6 +1,7 @@
 """Evaluation of an architecture: built, given the plain backbone's weights, trained, scored."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -156,6 +157,7 @@ class Evaluator:
             score, self._backbone = self.from_scratch(
                 self.plain, self.experiment.pretrain, tick, checkpoints=kept
             )
+            self.note(self._how_well(score.accuracy))
             facts = self._facts() | {"accuracy": f"{score.accuracy:.6f}"}
             store(self._file, self._backbone, facts)
             self.files.publish(self._file, must=True)
@@ -163,6 +165,18 @@ class Evaluator:
             return True
         self.files.publish(self._file, must=True)  # its training may have ended before this one did
         return False
+
+    def _how_well(self, reached: float) -> str:
+        """Of the plain backbone: below chance and two standard errors it has not learned."""
+        chance = 1 / self.data.classes
+        error = math.sqrt(chance * (1 - chance) / len(self.data.val))
+        text = f"the plain backbone is trained: accuracy {reached:.4f}"
+        if reached <= chance + 2 * error:
+            text += (
+                f", no more than chance ({chance:.4f}): what goes on from it will hardly learn; "
+                "more `pretrain: epochs`, another `lr`, or other augmentation may help"
+            )
+        return text
 
     @property
     def training(self) -> Path:
@@ -249,7 +263,9 @@ class Evaluator:
 
     def _data(self) -> dict[str, Any]:
         """What images there are; whoever reads them, they are the same."""
-        return {k: v for k, v in self.experiment.as_dict()["data"].items() if k != "loaders"}
+        data = {k: v for k, v in self.experiment.as_dict()["data"].items() if k != "loaders"}
+        digest = self.data.facts.get("digest")
+        return data | ({"digest": digest} if digest else {})
 
     def _stored(self) -> Weights | None:
         self.files.fetch(self._file)

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -168,12 +168,20 @@ class Display:
     def end(self, trial: Trial, trials: list[Trial], refused: int) -> None:
         """A trial has finished; `trials` are all of the study's."""
         self.trials, self.refused = trials, refused
-        outcome = f"{trial.state}: {trial.reason}" if trial.reason else trial.state
+        ended = f"trial {trial.number}:"  # its share is not one of what is left any more
+        self.workers = [
+            replace(w, share=0.0) if w.task.startswith(ended) else w for w in self.workers
+        ]
+        outcome = trial.reason or trial.state
+        if trial.state == "failed":
+            outcome = f"failed: {trial.reason}"
         if trial.score:
             outcome = f"accuracy {accuracy(trial):.4f}"
+        metrics = self.study.config.costs if self.study else ["macs"]
+        costs = "  ".join(f"{m} {trial.cost.values[m]:,.10g}" for m in metrics)
         self.note(
             f"trial {trial.number:>3}  {finished(self.trials)}/{self.total}  {outcome}  "
-            f"macs {trial.cost.values['macs']:,}  {placed(trial.architecture.specs)}"
+            f"{costs}  {placed(trial.architecture.specs)}"
             + ("" if self.console.is_terminal else f"  [{self.summary()}]")
         )
         self._tell_rungs()

@@ -67,7 +67,8 @@ class Search:
         self.data.loader("train", experiment.training.batch_size, 0)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts)
-        self.study = open_study(experiment, space_facts(self.pricing, limits), self.gate, found)
+        facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}
+        self.study = open_study(experiment, facts, self.gate, found)
         check_writable(self.study.folder)
         share(self.study, store, self.display.note)
         self.evaluator = Evaluator(

@@ -1,7 +1,7 @@
 """How a study is come by: found in its database, made there, or its space grown."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -16,6 +16,7 @@ from nasattn.search.database import checked_url, connect, find_or_create, shown,
 from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
 from nasattn.search.study import FACTS, RUN, Study
 
+ANOTHER = "give the experiment another `study:` name, or use --new-study"
 # What may change between two runs of one study.
 FREE = (*RUN, "artifacts", "final", "final.seeds", "final.test")
 
@@ -67,6 +68,7 @@ def open_study(
         found = _opened(experiment, facts, sampler)
     opened = found
     opened.optuna.sampler = sampler
+    _check_images(opened, facts.get("images", {}))
     if grown := _grow(opened, experiment, facts):
         # Loaded anew, without Optuna's cache of the trials and the choices that it has read.
         study = optuna.load_study(study_name=opened.name, storage=opened.database, sampler=sampler)
@@ -94,6 +96,23 @@ def _opened(
     return Study(study, storage)
 
 
+def _check_images(study: Study, now: Mapping[str, Any]) -> None:
+    """A UserError where the images are not those that the study began with."""
+    then = study.facts.get("images") or {}  # none in a study of an earlier version
+    if then.get("digest") == now.get("digest"):
+        return
+    if then and study.trials:
+        counts = f"{then['files']:,} then, {now['files']:,} now"
+        raise UserError(
+            f"data.root: the images have changed since the study '{study.name}' began ({counts}): "
+            "they would fall into other splits, so that new trials were judged by other images "
+            "than old ones, and by some that were trained on. Put them back to go on with it, or "
+            f"start another study: {ANOTHER}."
+        )
+    study.optuna.set_user_attr(FACTS, {**study.facts, "images": dict(now)})
+    study.refresh()
+
+
 def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
     """Take up a space that has grown; what is new, or the empty string.
 
@@ -103,13 +122,17 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
     space = experiment.as_dict()["space"]
     new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
     lost = losses(old, new)
+    if (edits or lost) and _begins(study, edits):
+        kept = experiment.as_dict() | {"storage": old["experiment"]["storage"]}
+        study.optuna.set_user_attr(FACTS, {**new, "experiment": kept})
+        study.refresh()
+        return ""
     if lost or not all(line.startswith(GROWING) for line in edits):
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
             + "".join(f"  {line}\n" for line in edits)
             + (f"The study's space had what is gone: {told(lost)}.\n" if lost else "")
-            + "Undo the edits to go on with it, or start another study: give the experiment "
-            "another `study:` name, or use --new-study."
+            + f"Undo the edits to go on with it, or start another study: {ANOTHER}."
         )
     if not edits and new["choices"] == old["choices"]:
         return ""
@@ -121,6 +144,14 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         )
     grow(study.engine, study.optuna._study_id, FACTS, old, new)
     return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
+
+
+def _begins(study: Study, edits: Sequence[str]) -> bool:
+    """Whether nothing is there yet that an edit would make incomparable; the objectives are fixed
+    in the database."""
+    if study.trials or any(line.startswith("objectives") for line in edits):
+        return False
+    return not at_work(study.engine, study.name)
 
 
 def free_name(storage: str, name: str) -> str:

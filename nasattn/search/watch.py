@@ -20,6 +20,7 @@ class Follower:
         self._watch = Watch()
         self._states: dict[int, str] = {}
         self._workers: set[str] | None = None
+        self._backbone = False  # whether its training was told
 
     def look(self) -> bool:
         """Show what there is now, and say what has come since the last look, if this is not the
@@ -33,7 +34,7 @@ class Follower:
             display.begin(self.study, total)
         else:
             display.total = total
-            self._tell_workers({w.where for w in workers})
+            self._tell_workers(workers)
             for trial in trials:
                 if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
                     display.end(trial, trials, refused)
@@ -42,11 +43,15 @@ class Follower:
         display.show(workers, trials, refused)
         return bool(workers) or finished(trials) < total
 
-    def _tell_workers(self, now: set[str]) -> None:
-        before = self._workers or set()
+    def _tell_workers(self, workers: Sequence[Worker]) -> None:
+        before, now = self._workers or set(), {w.where for w in workers}
         if not self.display.console.is_terminal:
             for where in sorted(now - before):
                 self.display.note(f"worker {where} began")
+            for worker in workers:  # before the first trial it is all that happens, for long
+                if "training the plain backbone" in worker.task and not self._backbone:
+                    self.display.note(f"worker {worker.where}: {worker.task} ...")
+                    self._backbone = True
             for where in sorted(before - now):
                 self.display.note(f"worker {where} ended")
 
@@ -78,6 +83,8 @@ def watch(study: Study, display: Display, interval: float) -> None:
             if not display.console.is_terminal:
                 done = f"{finished(display.trials)} of {display.total} trials"
                 display.note(f"{study.name}: {done}, {display.summary()}")
+            if not display.workers and finished(display.trials) < display.total:
+                display.note("nobody works on it; it goes on by `nasattn search` or `resume`")
             while look():
                 time.sleep(interval)
     except KeyboardInterrupt:

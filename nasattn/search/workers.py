@@ -8,7 +8,6 @@ from pathlib import Path
 
 from nasattn.config import Experiment
 from nasattn.errors import Stopped, UserError, lookup
-from nasattn.evaluate.device import check
 from nasattn.search.display import Display
 from nasattn.search.final import evaluations
 from nasattn.search.launchers import STORAGE, Launcher, Local, Process
@@ -154,8 +153,6 @@ def search_with(
     total = search.plan(total)
     if study.over(total):
         return search.run(total)
-    if isinstance(launcher, Local | None):
-        check(experiment.trainer)
     if finished(study.trials) < total or study.promotable():
         search.announce(total, count)
     del search

@@ -224,7 +224,7 @@ def _prepared(study: Study, shape: tuple[int, int, int]) -> str:
     names = study.facts.get("images", {}).get("names", ())
     known = "".join(f"\n    {i}  {name}" for i, name in enumerate(names))
     return PREPARED.format(
-        mode="RGB" if channels == 3 else "L",
+        grey="" if channels == 3 else '.convert("L")',
         height=height,
         width=width,
         channels=channels,
@@ -242,11 +242,12 @@ def _final(study: Study, trial: Trial) -> str:
     if not final or not row or not (figures := row[judged_on(final)]):
         return ""
     seeds = final["seeds"]
-    over = interval(figures.get("gain"), seeds, "+")
+    gain = figures.get("gain")
+    over = f", {interval(gain, seeds, '+')} over the plain backbone" if gain else ""
     return (
         f"\nTrained anew at the end, {counted(seeds, 'seed')}: {judged_on(final)} accuracy "
-        f"{interval(figures, seeds)}, over the plain backbone {over} (means with 95 % intervals; "
-        "these weights are the search's own).\n"
+        f"{interval(figures, seeds)}{over} (means with 95 % intervals; these weights are the "
+        "search's own).\n"
     )
 
 
@@ -260,7 +261,7 @@ picture = ImageOps.exif_transpose(Image.open("photo.jpg"))
 if picture.has_transparency_data:
     page = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(page, picture.convert("RGBA"))
-picture = picture.convert("RGB").convert("{mode}")
+picture = picture.convert("RGB"){grey}
 width, height = {width}, {height}
 scale = {margin} * max(width / picture.width, height / picture.height)
 w, h = width / scale, height / scale

@@ -202,7 +202,7 @@ def test_the_readme_has_the_finals_figures(
     monkeypatch.setattr(Study, "final", lambda self: final)
     said = export._final(fakes, exported.trial)
     assert "2 seeds: test accuracy 0.5200 [0.5000, 0.5400]" in said
-    assert "over the plain backbone +0.0100 [-0.1000, +0.1200]" in said
+    assert ", +0.0100 [-0.1000, +0.1200] over the plain backbone (means" in said
     final["done"] = 0
     assert export._final(fakes, exported.trial) == ""
 

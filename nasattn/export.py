@@ -69,7 +69,9 @@ def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out:
         trial.architecture.save(draft / "architecture.yaml")
         (draft / "weights.safetensors").write_bytes(save(dict(weights), metadata=facts))
         parity = export_onnx(network, trial.architecture.input, draft / "model.onnx", facts)
-        (draft / "README.md").write_text(_readme(study, trial, parity), encoding="utf-8")
+        # A folder's name, and so a class's, may be of any bytes.
+        readme = _readme(study, trial, parity).encode("utf-8", "backslashreplace")
+        (draft / "README.md").write_bytes(readme)
         names = ", ".join(sorted(path.name for path in draft.iterdir()))
     return f"exported trial {trial.number} to {out}: {names}\nmodel.onnx: {parity}"
 
@@ -258,17 +260,21 @@ import numpy as np
 from PIL import Image, ImageOps
 
 picture = ImageOps.exif_transpose(Image.open("photo.jpg"))
-if picture.has_transparency_data:
-    page = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(page, picture.convert("RGBA"))
-picture = picture.convert("RGB"){grey}
+if picture.mode.startswith("I"):  # 16 bits of grey
+    picture = Image.fromarray(np.asarray(picture).astype(np.float32) / 257)
+else:
+    if picture.has_transparency_data:
+        page = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(page, picture.convert("RGBA"))
+    picture = picture.convert("RGB"){grey}
 width, height = {width}, {height}
 scale = {margin} * max(width / picture.width, height / picture.height)
 w, h = width / scale, height / scale
 left, top = (picture.width - w) / 2, (picture.height - h) / 2
 box = (left, top, left + w, top + h)
 picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
-pixels = np.asarray(picture, np.float32).reshape(height, width, {channels}) / 255
+pixels = np.asarray(picture, np.float32).reshape(height, width, -1) / 255
+pixels = np.broadcast_to(pixels, (height, width, {channels}))
 pixels = (pixels - np.float32({mean})) / np.float32({std})
 image = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 ```

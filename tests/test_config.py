@@ -504,6 +504,11 @@ def test_not_a_file(folder: Path) -> None:
         Experiment.load(folder / "s.yaml")
     with pytest.raises(UserError, match=r"there is no such file$"):
         Experiment.load(folder / "nowhere" / "e.yaml")
+    fields = yaml.safe_load((folder / "e.yaml").read_text()) | {"latency": "table.yaml"}
+    (folder / "e.yaml").write_text(yaml.safe_dump(fields))
+    said = r"latency: .*table\.yaml: there is no such file; `nasattn profile`, .* makes it"
+    with pytest.raises(UserError, match=said):
+        Experiment.load(folder / "e.yaml")
 
 
 def test_anchors_and_merge_keys(folder: Path) -> None:

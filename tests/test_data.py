@@ -184,6 +184,28 @@ def fill(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
+def test_the_digest_is_that_of_the_splits_lists(tmp_path: Path) -> None:
+    """Not of where they lie, nor of what cannot be read, which moves no other from its split."""
+    counts = {f"{split}/{name}": 4 for split in ("train", "val", "test") for name in "ab"}
+    home = fill(tmp_path / "one", counts)
+    fill(tmp_path / "two", counts)
+    first = folder(home).facts
+    assert first["files"] == 24 and first["names"] == ["a", "b"]
+    assert folder(tmp_path / "two").facts == first
+    whole = (home / "train/a/00.png").read_bytes()
+    (home / "train/a/00.png").write_bytes(b"broken")
+    assert folder(home, bad=0.5).facts == first
+    (home / "train/a/00.png").write_bytes(whole)
+    (home / "train/a/00.png").rename(home / "val/a/99.png")
+    moved = folder(home).facts
+    assert moved["files"] == 24 and moved["digest"] != first["digest"]
+    (home / "val/a/99.png").rename(home / "train/a/99.png")
+    renamed = folder(home).facts["digest"]
+    assert len({first["digest"], moved["digest"], renamed}) == 3
+    drawn = fill(tmp_path / "all", {"a": 20, "b": 20})
+    assert folder(drawn, seed=0).facts["digest"] != folder(drawn, seed=1).facts["digest"]
+
+
 def folder(
     root: Path,
     classes: int = 2,

@@ -153,7 +153,9 @@ def test_the_readme_has_the_records_figures(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", ["wide.jpg", "alpha.png", "grey.png", "turned.jpg"])
+@pytest.mark.parametrize(
+    "kind", ["wide.jpg", "alpha.png", "grey.png", "deep.png", "deep.tiff", "turned.jpg"]
+)
 def test_the_readme_prepares_an_image_as_the_validation_did(
     fake_study: FakeStudy,
     tmp_path: Path,
@@ -166,6 +168,8 @@ def test_the_readme_prepares_an_image_as_the_validation_did(
     mode, depth = modes.get(kind, ("RGB", 3))
     pixels = rng.integers(0, 256, (70, 130, depth), np.uint8)
     image = Image.fromarray(pixels.squeeze(), mode)
+    if "deep" in kind:
+        image = Image.fromarray(rng.integers(0, 65536, (70, 130)).astype(np.uint16))
     exif = image.getexif()
     if kind == "turned.jpg":
         exif[0x0112] = 6
@@ -173,9 +177,8 @@ def test_the_readme_prepares_an_image_as_the_validation_did(
         path = tmp_path / f"photos/{'ab'[number % 2]}/{number}{Path(kind).suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, exif=exif)
-    image.save(
-        tmp_path / "photo.jpg" if kind.endswith("jpg") else tmp_path / "photo.png", exif=exif
-    )
+    photo = f"photo{Path(kind).suffix}"
+    image.save(tmp_path / photo, exif=exif)
     config = ImageFolder.model_validate({"name": "image_folder", "root": tmp_path / "photos"})
     shape = (channels, 32, 48)
     study = fake_study(2)
@@ -186,7 +189,7 @@ def test_the_readme_prepares_an_image_as_the_validation_did(
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("photo.jpg", "photo.jpg" if kind.endswith("jpg") else "photo.png"), names)
+    exec(code.replace("photo.jpg", photo), names)
     expected, _ = data.val.__getitems__([0])
     torch.testing.assert_close(torch.from_numpy(names["image"]), expected, rtol=0, atol=1e-6)
     assert text.endswith("\n\n    0  a\n    1  b\n")

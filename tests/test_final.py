@@ -549,6 +549,23 @@ def test_a_gpu_that_is_lost_again_and_again_does_not_use_them_up_either(
     assert len(stored(path)) == 4, "the fifth is left open"
 
 
+def test_a_gpu_that_is_lost_by_a_backbone_of_the_final_is_told(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+    monkeypatch.setenv(outage.Machine.BROKEN, "0")  # taken back at the end
+    Trainings(monkeypatch)
+    run(write(final=None))
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(candidate.Evaluator, "prepare", lost)
+    with pytest.raises(DeviceLost, match="final, seed 0: the plain backbone failed and left"):
+        run(write())
+    assert stored(path) == []
+
+
 def stored(path: Path) -> list[Evaluation]:
     study = load_study(f"sqlite:///{path.parent}/runs/tiny.db", "tiny")
     return list(evaluations(study.optuna.user_attrs).values())

@@ -536,6 +536,11 @@ def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path
     more.unlink()
     with pytest.raises(UserError, match=r"images have changed .* \(161 then, 160 now\)"):
         searching(path)
+    for edit in ({"seed": 5}, {"root": str(photos.parent)}, {"name": "cued_digits"}):
+        fields = {"name": "cued_digits"} if "name" in edit else data | edit
+        with pytest.raises(UserError):
+            searching(write(data=fields, space=SPACE | {"classes": 2}))
+    path = write(data=data, space=SPACE | {"classes": 2})
     more.write_bytes((photos / "0" / "2.png").read_bytes())
     study = by_formula(path, 3)
     assert len(study.trials) == 3
@@ -547,6 +552,59 @@ def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path
     more.unlink()
     with pytest.raises(UserError, match="images have changed"):
         searching(path)
+
+
+def test_images_that_change_while_the_backbone_is_trained_are_refused(
+    write: Write, photos: Path
+) -> None:
+    """No trial has begun, but somebody works; and who read the study before comes too late."""
+    path = write(data={"name": "image_folder", "root": str(photos)}, space=SPACE | {"classes": 2})
+    first = searching(path)
+    with first._leases():
+        (photos / "0" / "0.png").unlink()
+        with pytest.raises(UserError, match="images have changed"):
+            searching(path)
+    later = searching(path)
+    with pytest.raises(UserError, match="was edited just now: run this again"):
+        first.run(2)
+    assert not later.study.trials
+    edited = searching(
+        write(
+            data=later.experiment.as_dict()["data"],
+            space=SPACE | {"classes": 2},
+            pretrain={"epochs": 1},
+        )
+    )
+    with pytest.raises(UserError, match="was edited just now: run this again"):
+        later.run(2)
+    assert edited.run(1).config.pretrain.epochs == 1
+
+
+def test_a_backbone_of_other_images_is_not_used(write: Write, photos: Path) -> None:
+    path = write(data={"name": "image_folder", "root": str(photos)}, space=SPACE | {"classes": 2})
+    search = searching(path)
+    search.evaluator.prepare(lambda share, accuracy: None)
+    assert searching(path).evaluator.stored
+    (photos / "0" / "0.png").unlink()
+    assert not searching(path).evaluator.stored
+
+
+def test_what_is_remarked_is_said_once_and_kept_in_each_row(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, said = searching(write()), list[str]()
+    monkeypatch.setattr(search.display, "note", said.append)
+    before = candidate.Evaluator.__call__
+
+    def remarking(self: Any, *rest: Any, **options: Any) -> Any:
+        self.note("not the same bits")
+        return before(self, *rest, **options)
+
+    monkeypatch.setattr(candidate.Evaluator, "__call__", remarking)
+    study = search.run(3)
+    assert said.count("not the same bits") == 1
+    rows = study.optuna.get_trials(deepcopy=False)
+    assert [row.user_attrs["remarks"] for row in rows] == [["not the same bits"]] * 3
 
 
 def test_before_the_first_trial_all_may_be_edited(write: Write) -> None:
@@ -858,6 +916,15 @@ def test_a_gpu_that_is_lost_by_the_plain_backbone_is_tried_again(
             searching(path).run(2)
     study = searching(path).run(2)
     assert [t.state for t in study.trials] == ["scored"] * 2
+
+
+def test_the_command_has_cublas_repeat_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # taken back at the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(sys, "argv", ["nasattn", "blocks", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_process_that_is_renewed_leaves_no_others(

@@ -126,6 +126,8 @@ def test_what_was_interrupted_is_not_called_running(
     whole: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = whole.summary() | {"running": 2}
+    print_summary(summary | {"best": None})
+    assert "  best  -\n" in capsys.readouterr().out
     print_summary(summary)
     assert (
         f"  best  {max(accuracy(t) for t in whole.trials if t.score):.4f}\n"
@@ -232,6 +234,26 @@ def test_the_last_training_has_its_time_left_as_the_others(whole: Study) -> None
     ]
     display.end(trials[18], trials, 0)
     assert [w.share for w in display.workers] == [0.0, 0.5]
+
+
+def test_trials_are_told_with_the_costs_that_are_objectives(fake_study: FakeStudy) -> None:
+    study = fake_study(3, objectives=["accuracy", "params"])
+    display, text = plain()
+    display.begin(study, 3)
+    display.end(study.trials[2], study.trials, 0)
+    line = text.getvalue().splitlines()[-1]
+    assert f"  params {study.trials[2].cost.values['params']:,}  " in line and "macs" not in line
+
+
+def test_the_backbones_training_is_told_once(whole: Study, running: Running) -> None:
+    display, text = plain()
+    follower = Follower(whole, display)
+    task = "training the plain backbone, from which all go on"
+    running.count = 1
+    for _ in range(3):
+        running.facts = [{"host": "a", "pid": 1, "task": task}, {"host": "a", "pid": 2}]
+        follower.look()
+    assert text.getvalue().count(f"worker pid 1: {task} ...") == 1
 
 
 def test_who_looks_on_a_study_that_nobody_works_on_is_told(

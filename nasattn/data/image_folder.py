@@ -103,10 +103,11 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
     splits = _split(files, config, notes)
     faults = _faults([path for part in splits.values() for path, _ in part], config.root)
     notes += _report(faults, config)
-    splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
-    notes += _check_cover(splits, names, config.root)
+    # With those that cannot be read: to mend one moves no other.
     lists = [(n, f.relative_to(config.root).as_posix(), y) for n in splits for f, y in splits[n]]
     digest = hashlib.sha256(json.dumps(sorted(lists)).encode()).hexdigest()[:16]
+    splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
+    notes += _check_cover(splits, names, config.root)
     train, val, test = (
         Images(
             paths=[path for path, _ in splits[name]],
@@ -126,7 +127,7 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         test=test,
         notes=notes,
         loaders=config.loaders,
-        facts={"files": sum(map(len, splits.values())), "digest": digest, "names": names},
+        facts={"files": len(lists), "digest": digest, "names": names},
     )
 
 

@@ -178,7 +178,10 @@ class Display:
         if trial.score:
             outcome = f"accuracy {accuracy(trial):.4f}"
         metrics = self.study.config.costs if self.study else ["macs"]
-        costs = "  ".join(f"{m} {trial.cost.values[m]:,.10g}" for m in metrics)
+        values = {m: trial.cost.values[m] for m in metrics}
+        costs = "  ".join(
+            f"{m} {v:,}" if isinstance(v, int) else f"{m} {v:.4g}" for m, v in values.items()
+        )
         self.note(
             f"trial {trial.number:>3}  {finished(self.trials)}/{self.total}  {outcome}  "
             f"{costs}  {placed(trial.architecture.specs)}"

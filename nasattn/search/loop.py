@@ -21,7 +21,7 @@ from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
 from nasattn.search.lease import BACKBONE, Leases
-from nasattn.search.opening import open_study
+from nasattn.search.opening import FREE, open_study
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
@@ -112,6 +112,10 @@ class Search:
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
             raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
+        images = facts.get("images") or {}
+        other = bool(images) and images["digest"] != self.data.facts.get("digest")
+        if other or self.study.edits(self.experiment, FREE):
+            raise UserError(f"the study '{self.study.name}' was edited just now: run this again")
         experiment = dict(facts["experiment"])
         experiment["search"] = {**experiment["search"], "trials": total}
         given = self.experiment.as_dict()

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -68,7 +69,6 @@ def open_study(
         found = _opened(experiment, facts, sampler)
     opened = found
     opened.optuna.sampler = sampler
-    _check_images(opened, facts.get("images", {}))
     if grown := _grow(opened, experiment, facts):
         # Loaded anew, without Optuna's cache of the trials and the choices that it has read.
         study = optuna.load_study(study_name=opened.name, storage=opened.database, sampler=sampler)
@@ -96,36 +96,26 @@ def _opened(
     return Study(study, storage)
 
 
-def _check_images(study: Study, now: Mapping[str, Any]) -> None:
-    """A UserError where the images are not those that the study began with."""
-    then = study.facts.get("images") or {}  # none in a study of an earlier version
-    if then.get("digest") == now.get("digest"):
-        return
-    if then and study.trials:
-        counts = f"{then['files']:,} then, {now['files']:,} now"
-        raise UserError(
-            f"data.root: the images have changed since the study '{study.name}' began ({counts}): "
-            "they would fall into other splits, so that new trials were judged by other images "
-            "than old ones, and by some that were trained on. Put them back to go on with it, or "
-            f"start another study: {ANOTHER}."
-        )
-    study.optuna.set_user_attr(FACTS, {**study.facts, "images": dict(now)})
-    study.refresh()
-
-
 def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
     """Take up a space that has grown; what is new, or the empty string.
 
-    A UserError for any other edit: what differs, and the ways out.
+    A UserError for any other edit: what differs, and the ways out. Before the first trial all is
+    taken up.
     """
     old, edits = study.facts, study.edits(experiment, FREE)
+    then, now = old.get("images") or {}, facts.get("images") or {}  # of old versions none
+    moved = bool(then) and then.get("digest") != now.get("digest")
+
+    def take(new: Mapping[str, Any]) -> None:
+        grow(study.engine, study.optuna._study_id, FACTS, old, new)
+        study.refresh()
+
     space = experiment.as_dict()["space"]
     new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
     lost = losses(old, new)
-    if (edits or lost) and _begins(study, edits):
+    if (edits or lost or moved) and _begins(study, edits):
         kept = experiment.as_dict() | {"storage": old["experiment"]["storage"]}
-        study.optuna.set_user_attr(FACTS, {**new, "experiment": kept})
-        study.refresh()
+        take({**new, "experiment": kept})
         return ""
     if lost or not all(line.startswith(GROWING) for line in edits):
         raise UserError(
@@ -134,7 +124,18 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
             + (f"The study's space had what is gone: {told(lost)}.\n" if lost else "")
             + f"Undo the edits to go on with it, or start another study: {ANOTHER}."
         )
+    if moved:
+        raise UserError(
+            f"data.root: the images have changed since the study '{study.name}' began "
+            f"({then['files']:,} then, {now['files']:,} now): they would fall into other splits, "
+            "so that new trials were judged by other images than old ones, and by some that were "
+            "trained on. Put them back to go on with it, or start another study: "
+            f"{ANOTHER}."
+        )
     if not edits and new["choices"] == old["choices"]:
+        if now and not then:
+            with suppress(UserError):  # another process was quicker
+                take({**old, "images": now})
         return ""
     if busy := at_work(study.engine, study.name):
         who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
@@ -142,7 +143,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
             f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
             f"study; now it is searched by {who}: stop that, then run this again"
         )
-    grow(study.engine, study.optuna._study_id, FACTS, old, new)
+    take(new)
     return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
 
 

@@ -100,11 +100,11 @@ class Machine:
         if _stays(error):
             os.environ[self.BROKEN], why = str(self._broken), str(error).splitlines()[0]
             raise DeviceLost(
-                f"{what} failed and left this process a GPU of no use ({why}); a new one goes on"
+                f"{what} failed and left this process a GPU of no use ({why}); a new one can go on"
             ) from error
 
     def guarded(self, work: Callable[[], T], what: str) -> T:
-        """What `work` gives, which is done again if it fails; raises DeviceLost, too."""
+        """What `work` gives; raises DeviceLost as `renew` does."""
         try:
             return work()
         except Exception as error:

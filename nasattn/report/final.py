@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nasattn.report.drawing import BLUE, GREEN, GREY, VERMILION, empty_figure, scale_axis, wrapped
-from nasattn.search.final_text import judged_on, notes
+from nasattn.search.final_text import judged_on, notes, shown
 from nasattn.search.study import Study
 
 Row = Mapping[str, Any]
@@ -85,12 +85,14 @@ def _intervals(
     rows = [r for r in rows if r[split]]
     if not rows:
         return
-    halves = [(r[split]["high"] or 0) - r[split]["mean"] for r in rows]
     sure = all(r[split]["n"] > 1 for r in rows)
+    below, above = (
+        [100 * abs(shown(r[split])[i] - r[split]["mean"]) for r in rows] for i in (0, 1)
+    )
     axes.errorbar(
         [r["cost"][metric] + shift for r in rows],
         [100 * r[split]["mean"] for r in rows],
-        yerr=[100 * half for half in halves] if sure else None,
+        yerr=[below, above] if sure else None,
         label=label,
         color=color,
         ls="none",

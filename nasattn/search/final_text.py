@@ -54,6 +54,11 @@ def notes(final: Mapping[str, Any]) -> list[str]:
     )
     if seeds == 1:
         lines.append("one seed: an anecdote, not yet a finding")
+    if seeds == 2:
+        lines.append(
+            "two seeds: with one degree of freedom an interval is far too wide, or by chance far "
+            "too narrow; `final: {seeds: 3}` says more"
+        )
     lines += [
         f"failed: seed {failure['seed']}, {placed(row['placements'])}: {failure['reason']}"
         for row in final["rows"]
@@ -71,10 +76,18 @@ def interval(estimate: Mapping[str, Any] | None, seeds: int, sign: str = "") -> 
     """`0.9123 [0.9001, 0.9245]`, with the n where it is not `seeds`; `-` for what is not there."""
     if estimate is None:
         return "-"
-    low, high = estimate["low"], estimate["high"]
     text = f"{estimate['mean']:{sign}.4f}"
-    text += "" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
+    if estimate["low"] is not None:
+        low, high = (estimate["low"], estimate["high"]) if sign else shown(estimate)
+        text += f" [{low:{sign}.4f}, {high:{sign}.4f}]"
     return text if estimate["n"] == seeds else f"{text} (n={estimate['n']})"
+
+
+def shown(accuracy: Mapping[str, Any]) -> tuple[float, float]:
+    """The ends of an accuracy's interval, as far as there are accuracies."""
+    mean = accuracy["mean"]
+    low, high = (mean if end is None else end for end in (accuracy["low"], accuracy["high"]))
+    return max(0.0, low), min(1.0, high)
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -16,21 +16,25 @@ experiment() {
         >"$folder/experiment.yaml"
     echo "trainer: {accelerator: ${ACCELERATOR:-gpu}}" >>"$folder/experiment.yaml"
 }
-search() { (cd "runs/$1" && exec "$python" -m nasattn search experiment.yaml "${@:2}" >>log 2>&1); }
+# In a subshell, which becomes the search: a kill then hits it and no shell around it.
+search() {
+    cd "runs/$1"
+    exec "$python" -m nasattn search experiment.yaml "${@:2}" >>log 2>&1
+}
 
 "$python" repeatable.py
 
 for workers in 1 4 8; do
     experiment "workers$workers" 17
     begun=$(date +%s)
-    search "workers$workers" --workers "$workers"
+    (search "workers$workers" --workers "$workers")
     echo "17 trials by $workers workers: $(($(date +%s) - begun)) s"
 done
 
 short=(-e 's/train: 16000, val: 4000, test: 4000/train: 3200, val: 640, test: 640/'
     -e 's/training: {epochs: 1/training: {epochs: 3/')
 experiment whole 9 "${short[@]}"
-search whole
+(search whole)
 experiment torn 9 "${short[@]}"
 for kills in 0 1 2 3 4 5 6; do
     search torn &

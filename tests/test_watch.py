@@ -271,9 +271,7 @@ def test_who_looks_on_a_study_that_nobody_works_on_is_told(
         assert text.getvalue().count("nobody works on it") == told
 
 
-def test_a_study_may_be_named_beside_a_file(
-    whole: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_may_be_named_beside_a_file(whole: Study, tmp_path: Path) -> None:
     """As `--new-study` names another than the file."""
     file = tmp_path / "experiment.yaml"
     fields = whole.config.as_dict() | {"study": "other", "storage": whole.storage}

@@ -91,7 +91,7 @@ class Images:
 
 def load(config: ImageFolder, input: Shape, classes: int) -> Data:
     """See nasattn.data.load."""
-    mean, std = _normalisation(config, input)
+    mean, std = _checked_normalisation(config, input)
     folders = _folders(config.root)
     names = _names(folders, classes)
     notes: list[str] = []
@@ -201,7 +201,7 @@ def normalisation(config: ImageFolder, channels: int) -> tuple[tuple[float, ...]
     return tuple(given or (usual if channels == 3 else (sum(usual) / 3,)) for given, usual in pairs)
 
 
-def _normalisation(config: ImageFolder, input: Shape) -> tuple[Tensor, Tensor]:
+def _checked_normalisation(config: ImageFolder, input: Shape) -> tuple[Tensor, Tensor]:
     """mean and std as (C, 1, 1); refuses options that disagree with the input."""
     channels, height, width = input
     wrong = []

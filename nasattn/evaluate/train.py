@@ -162,7 +162,6 @@ class _Run:
         self.planned = rungs[-1] + sum(schedule.decay_epochs(rung) for rung in rungs[:-1])
         self.layout = torch.channels_last if where.channels_last else torch.contiguous_format
         network.to(memory_format=self.layout)
-        self.begun, self.before = time.perf_counter(), 0.0
 
     @property
     def seconds(self) -> float:

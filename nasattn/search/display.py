@@ -173,7 +173,7 @@ class Display:
             replace(w, share=0.0) if w.task.startswith(ended) else w for w in self.workers
         ]
         outcome = trial.reason or trial.state
-        if trial.state == "failed":
+        if trial.state == "failed" and trial.reason:
             outcome = f"failed: {trial.reason}"
         if trial.score:
             outcome = f"accuracy {accuracy(trial):.4f}"

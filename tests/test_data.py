@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn import datasets
 from sklearn.datasets import load_digits
 
 from nasattn.config import CuedDigits, ImageFolder
-from nasattn.data import Data, Split, image_folder, load, stratify
+from nasattn.data import Data, Split, cued_digits, image_folder, load, stratify
 from nasattn.data.cued_digits import MEAN, STD
 from nasattn.errors import Stopped, TrialFailed, UserError
 
@@ -74,6 +75,19 @@ def test_cued_digits_say_what_the_cue_points_to_and_share_no_handwriting(
         seen.append({i for _, found in readings for i in found})
     assert seen[0].isdisjoint(seen[1] | seen[2]) and seen[1].isdisjoint(seen[2])
     assert min(map(len, seen)) > 150
+
+
+def test_the_handwriting_is_what_scikit_learn_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_digits(return_X_y=True)
+    loaded: list[bool] = []
+    monkeypatch.setattr(datasets, "load_digits", lambda **_: loaded.append(True) or expected)
+    for moved in (False, True):
+        with monkeypatch.context() as patch:
+            if moved:  # scikit-learn promises no place of its files
+                patch.setattr(Path, "exists", lambda self: False)
+            for found, wanted in zip(cued_digits._handwriting(), expected, strict=True):
+                np.testing.assert_array_equal(found, wanted, strict=True)
+        assert bool(loaded) == moved
 
 
 def test_cued_digits_noise_is_a_clipped_normal_variable() -> None:

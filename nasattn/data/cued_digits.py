@@ -20,11 +20,12 @@ handwriting and other images; a split does not depend on the size of the others.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from nasattn.config import CuedDigits
@@ -70,7 +71,7 @@ def load(config: CuedDigits, input: Shape, classes: int) -> Data:
 
 @lru_cache(maxsize=2)
 def _splits(config: CuedDigits) -> tuple[Composed, Composed, Composed]:
-    digits, labels = load_digits(return_X_y=True)
+    digits, labels = _handwriting()
     ink = (digits / 16).astype(np.float32).reshape(-1, CELL, CELL)
     val, test, train = stratify(labels, (0.15, 0.15), config.seed)
     train_images, val_images, test_images = (
@@ -82,6 +83,21 @@ def _splits(config: CuedDigits) -> tuple[Composed, Composed, Composed]:
         )
     )
     return train_images, val_images, test_images
+
+
+def _handwriting() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Ink (1797, 64), in sixteenths, and classes."""
+    # By the file: scikit-learn itself takes longer to load than a search to its first proposal.
+    spec = find_spec("sklearn")
+    assert spec and spec.origin, "a dependency of this package"
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not file.exists():
+        from sklearn.datasets import load_digits
+
+        digits, labels = load_digits(return_X_y=True)
+        return digits, labels
+    rows = np.loadtxt(file, delimiter=",")
+    return rows[:, :-1], rows[:, -1].astype(np.int64)
 
 
 def _compose(

@@ -49,13 +49,14 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture
 def postgres(postgres_server: str) -> str:
-    """The URL of a new, empty PostgreSQL database."""
+    """The URL of a new, empty PostgreSQL database, with its driver, as an experiment keeps it."""
     import psycopg
 
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(postgres_server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
-    return f"{postgres_server.rpartition('/')[0]}/{name}"
+    server = postgres_server.rpartition("/")[0].partition(":")[2]
+    return f"postgresql+psycopg:{server}/{name}"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -164,10 +164,9 @@ def test_the_readme_prepares_an_image_as_the_validation_did(
     kind: str,
 ) -> None:
     rng = np.random.default_rng(0)
-    modes = {"alpha.png": ("RGBA", 4), "grey.png": ("L", 1)}
-    mode, depth = modes.get(kind, ("RGB", 3))
+    depth = {"alpha.png": 4, "grey.png": 1}.get(kind, 3)
     pixels = rng.integers(0, 256, (70, 130, depth), np.uint8)
-    image = Image.fromarray(pixels.squeeze(), mode)
+    image = Image.fromarray(pixels.squeeze())
     if "deep" in kind:
         image = Image.fromarray(rng.integers(0, 65536, (70, 130)).astype(np.uint16))
     exif = image.getexif()

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The figures of RESULTS.md, on a machine with a GPU: about six minutes.
+# The figures of RESULTS.md, on a machine with a GPU: about nine minutes. Or a part of them:
+#     ./run.sh [repeatable] [workers] [kills]
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
 python=${PYTHON:-$PWD/../../.venv/bin/python}
+parts=" ${*:-repeatable workers kills} "
 rm -rf runs && mkdir runs
 
 # experiment NAME TRIALS SED...: the quickstart, changed, in a folder of its own
@@ -22,15 +24,17 @@ search() {
     exec "$python" -m nasattn search experiment.yaml "${@:2}" >>log 2>&1
 }
 
-"$python" repeatable.py
+[[ $parts != *" repeatable "* ]] || "$python" repeatable.py
 
 for workers in 1 4 8; do
+    [[ $parts == *" workers "* ]] || break
     experiment "workers$workers" 17
     begun=$(date +%s)
     (search "workers$workers" --workers "$workers")
     echo "17 trials by $workers workers: $(($(date +%s) - begun)) s"
 done
 
+[[ $parts == *" kills "* ]] || exit 0
 short=(-e 's/train: 16000, val: 4000, test: 4000/train: 3200, val: 640, test: 640/'
     -e 's/training: {epochs: 1/training: {epochs: 3/')
 experiment whole 9 "${short[@]}"

@@ -189,16 +189,16 @@ def test_a_killed_worker_is_replaced_and_the_search_completes(
     where: tuple[str, Env], write: Write
 ) -> None:
     name, env = where
-    with Running(write(), name, env, trials=5) as search:
+    with Running(write(), name, env, trials=12) as search:
         os.kill(search.until(busy(1))[0], signal.SIGKILL)
         assert search.process.wait(timeout=300) == 0, search.out.read_text()
         said, study = search.out.read_text(), search.study
     assert len(re.findall(r"was killed by signal 9; another takes its place", said)) == 1
     assert ("the database is a sqlite file: right only while" in said) == (name != "local")
     trials = study.trials
-    assert [t.number for t in trials] == list(range(5))
+    assert [t.number for t in trials] == list(range(12))
     assert all(t.state == "scored" for t in trials)
-    assert len({t.architecture.key for t in trials}) == 5
+    assert len({t.architecture.key for t in trials}) == 12
     assert study.workers() == []
 
 

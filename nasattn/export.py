@@ -22,7 +22,7 @@ from nasattn.document import dump_yaml
 from nasattn.errors import UserError
 from nasattn.files import make_folder
 from nasattn.model import build
-from nasattn.record import Trial, counted
+from nasattn.record import Trial, amount, counted
 from nasattn.search.final_text import interval, judged_on
 from nasattn.search.study import Study, accuracy
 
@@ -187,7 +187,7 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
     rows = [("validation accuracy", *(t.score.text if t.score else "-" for t in (trial, baseline)))]
     for metric, value in trial.cost.values.items():
         plain = study.facts["plain"][metric]
-        rows.append((metric, f"{value:,} ({value / plain:.3f}x)", f"{plain:,}"))
+        rows.append((metric, f"{amount(value)} ({value / plain:.3f}x)", amount(plain)))
     blocks = [f"- `{spec}` after `{site}`" for site, spec in architecture.specs.items()]
     versions: dict[str, Any] = {
         "nasattn": __version__,

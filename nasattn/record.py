@@ -123,6 +123,11 @@ class Trial:
         }
 
 
+def amount(cost: int | float) -> str:
+    """As people read it: what is counted in full, a time to four digits."""
+    return f"{cost:,}" if isinstance(cost, int) else f"{cost:.4g}"
+
+
 def counted(count: int, what: str) -> str:
     """`1 trial`, `2 trials`."""
     return f"{count} {what}{'' if count == 1 else 's'}"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from nasattn.record import amount
+
 if TYPE_CHECKING:
     from nasattn.search.study import Study
 
@@ -40,7 +42,7 @@ def print_frontier(study: "Study") -> None:
         for metric in metrics:
             value, plain = trial.cost.values[metric], study.facts["plain"][metric]
             ratio = f" ({value / plain:.3f}x)" if metric in study.config.costs else ""
-            costs.append(f"{value:,.10g}{ratio}")
+            costs.append(f"{amount(value)}{ratio}")
         name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
         table.add_row(name, score, *costs, placed(trial.architecture.specs))
     console().print(table)
@@ -93,9 +95,9 @@ def print_costs(rows: Sequence[Mapping[str, Any]], total: Mapping[str, Any]) -> 
         place = row.get("site") or row["block"]
         detail = row.get("spec") or "x".join(map(str, row["output"]))
         over = "" if row.get("fits", True) else "  over budget"
-        figures = (f"{row['cost'][m]:,.10g}" for m in total)
+        figures = (amount(row["cost"][m]) for m in total)
         table.add_row(f"{place}  {detail}{over}", *figures)
-    table.add_row("the network", *(f"{value:,.10g}" for value in total.values()))
+    table.add_row("the network", *map(amount, total.values()))
     console().print(table)
 
 

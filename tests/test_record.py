@@ -7,7 +7,7 @@ from statistics import pstdev
 import pytest
 
 from nasattn.architecture import Architecture, Backbone, Placement
-from nasattn.record import FINISHED, Cost, Score, Trial
+from nasattn.record import FINISHED, Cost, Score, Trial, amount
 
 ONE = Score(
     accuracy=0.5, curve=(0.25, 0.5), epochs=2, seconds=3.5, seed=7, evaluator="train", top5=0.75
@@ -107,3 +107,11 @@ def test_a_failed_trial_has_no_accuracy() -> None:
     row = trial.as_dict()
     assert (row["accuracy"], row["spread"], row["seeds"], row["state"]) == (None, None, 0, "failed")
     assert set(FINISHED) == {"scored", "stopped", "failed"}
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [(89_760, "89,760"), (13_734_956_800, "13,734,956,800"), (0.002345678, "0.002346"), (0, "0")],
+)
+def test_a_cost_as_people_read_it(cost: int | float, text: str) -> None:
+    assert amount(cost) == text

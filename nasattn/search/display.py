@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from nasattn.record import Trial, counted
+from nasattn.record import Trial, amount, counted
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import Study, accuracy, finished
 
@@ -179,9 +179,7 @@ class Display:
             outcome = f"accuracy {accuracy(trial):.4f}"
         metrics = self.study.config.costs if self.study else ["macs"]
         values = {m: trial.cost.values[m] for m in metrics}
-        costs = "  ".join(
-            f"{m} {v:,}" if isinstance(v, int) else f"{m} {v:.4g}" for m, v in values.items()
-        )
+        costs = "  ".join(f"{m} {amount(v)}" for m, v in values.items())
         self.note(
             f"trial {trial.number:>3}  {finished(self.trials)}/{self.total}  {outcome}  "
             f"{costs}  {placed(trial.architecture.specs)}"
@@ -241,7 +239,7 @@ class Display:
             return
         best, plain = front[-1], self.study.facts["plain"]
         costs = ", ".join(
-            f"{m} {best.cost.values[m]:,.10g} ({best.cost.values[m] / plain[m]:.3f}x)"
+            f"{m} {amount(best.cost.values[m])} ({best.cost.values[m] / plain[m]:.3f}x)"
             for m in self.study.config.costs
         )
         told = (

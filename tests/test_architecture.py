@@ -214,9 +214,16 @@ def test_help_loads_nothing_heavy() -> None:
         (sorted(set().union(*TORCH_FREE)), {"torch", "optuna", "matplotlib", "rich", "sqlalchemy"}),
         (["search.study"], {"torch", "pytorch_lightning", "matplotlib", "kornia", "sklearn"}),
         (["search.workers", "search.retrain"], {"pytorch_lightning", "torchmetrics", "sklearn"}),
+        (["data.cued_digits"], {"sklearn", "scipy", "kornia", "optuna", "pytorch_lightning"}),
         (["space"], {"optuna", "pytorch_lightning", "matplotlib", "kornia", "torchmetrics"}),
     ],
-    ids=["below the blocks", "reading a study", "before the first training", "a space"],
+    ids=[
+        "below the blocks",
+        "reading a study",
+        "before the first training",
+        "the digits",
+        "a space",
+    ],
 )
 def test_loads_without(modules: list[str], free_of: set[str]) -> None:
     loaded = loaded_after("import " + ", ".join(f"nasattn.{m}" for m in modules))

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# The figures of RESULTS.md, on a machine with a GPU: about nine minutes. Or a part of them:
+# The figures of RESULTS.md, on a machine with a GPU: about eight minutes. Or a part of them:
 #     ./run.sh [repeatable] [workers] [kills]
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
 python=${PYTHON:-$PWD/../../.venv/bin/python}
 parts=" ${*:-repeatable workers kills} "
-rm -rf runs && mkdir runs
+for part in $parts; do
+    [[ " repeatable workers kills " == *" $part "* ]] ||
+        { echo "got $part; allowed: repeatable, workers, kills" >&2; exit 2; }
+done
+mkdir -p runs
 
 # experiment NAME TRIALS SED...: the quickstart, changed, in a folder of its own
 experiment() {
     local folder=runs/$1 trials=$2
     shift 2
-    mkdir "$folder"
+    rm -rf "$folder" && mkdir "$folder"
     sed -e "s#^space:.*#space: $PWD/../../search_spaces/cued_digits.yaml#" \
         -e "s/trials: 28/trials: $trials/" "$@" ../001_quickstart/experiment.yaml \
         >"$folder/experiment.yaml"

@@ -30,7 +30,7 @@ class DoubleAttention(nn.Module):
         super().__init__()
         self.maps = width(channels, maps_ratio)
         features = width(channels, ratio)
-        self.over_positions = distribute == "positions"
+        self.axis = 2 if distribute == "positions" else 1
         self.features = project(channels, features)
         self.gather = project(channels, self.maps)
         self.distribute = project(channels, self.maps)
@@ -39,13 +39,11 @@ class DoubleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = tokens(self.features(x))  # (B, T, m)
-        # Positions lie in rows for their softmax: in columns it takes a GPU many times as long.
+        # Positions lie in rows: for a softmax over few and long columns a GPU has few threads.
         gather = widen(self.gather(x).flatten(2)).softmax(2).to(features.dtype)  # (B, n, T)
+        distribute = widen(self.distribute(x).flatten(2)).softmax(self.axis).to(features.dtype)
         descriptors = torch.bmm(gather, features)  # (B, n, m)
-        maps = widen(self.distribute(x).flatten(2))
-        maps = maps.softmax(2).mT if self.over_positions else maps.mT.softmax(2)
-        distribute = maps.to(features.dtype)  # (B, T, n)
-        out = self.out(image(torch.bmm(distribute, descriptors), like=x))
+        out = self.out(image(torch.bmm(distribute.mT, descriptors), like=x))
         return self.identity(x, x + out.to(x.dtype))
 
     def map_elements(self, height: int, width: int) -> int:

@@ -89,15 +89,13 @@ def _handwriting() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Ink (1797, 64), in sixteenths, and classes."""
     # By the file: scikit-learn itself takes longer to load than a search to its first proposal.
     spec = find_spec("sklearn")
-    assert spec and spec.origin, "a dependency of this package"
-    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    if not file.exists():
-        from sklearn.datasets import load_digits
+    file = Path(spec.origin if spec and spec.origin else "").parent / "datasets/data/digits.csv.gz"
+    if file.exists() and (rows := np.loadtxt(file, delimiter=",")).shape == (1797, 65):
+        return rows[:, :-1], rows[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits  # which knows where it lies by now, and its form
 
-        digits, labels = load_digits(return_X_y=True)
-        return digits, labels
-    rows = np.loadtxt(file, delimiter=",")
-    return rows[:, :-1], rows[:, -1].astype(np.int64)
+    digits, labels = load_digits(return_X_y=True)
+    return digits, labels
 
 
 def _compose(

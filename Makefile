@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test lowest lint clean
 
 setup: .venv/ready
 
@@ -21,10 +21,19 @@ PYTEST ?= -m "not slow"
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto $(PYTEST)
 
+# The tests with the oldest versions that pyproject.toml names, in an environment of their own: for
+# whoever changes one.
+lowest:
+	python3 -m venv .venv-lowest
+	python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print('\n'.join(d.replace('>=', '==') for d in project['dependencies']))" >.venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --quiet -e '.[dev]' -c .venv-lowest/lowest.txt
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses auto -m "not slow"
+
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv experiments/*/runs
+	rm -rf .venv .venv-lowest experiments/*/runs

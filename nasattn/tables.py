@@ -113,7 +113,7 @@ def print_blocks(rows: Sequence[Mapping[str, Any]]) -> None:
     for column in ("option", "default", "allowed"):
         options.add_column(column, no_wrap=column != "allowed")
     for row in rows:
-        costs = ["-" if row[m] is None else f"{row[m]:,}" for m in metrics]
+        costs = ["-" if row[m] is None else amount(row[m]) for m in metrics]
         figures.add_row(row["block"], row["identity"], *costs)
         for option, rule in row["options"].items():
             shown = json.dumps(rule["default"]).strip('"')

@@ -87,11 +87,12 @@ def _splits(config: CuedDigits) -> tuple[Composed, Composed, Composed]:
 
 def _handwriting() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Ink (1797, 64), in sixteenths, and classes."""
-    # By the file: scikit-learn itself takes longer to load than a search to its first proposal.
+    # By the file: to load scikit-learn takes half a second, and a search needs nothing else of it.
     spec = find_spec("sklearn")
-    file = Path(spec.origin if spec and spec.origin else "").parent / "datasets/data/digits.csv.gz"
-    if file.exists() and (rows := np.loadtxt(file, delimiter=",")).shape == (1797, 65):
-        return rows[:, :-1], rows[:, -1].astype(np.int64)
+    if spec and spec.origin:
+        file = Path(spec.origin).parent / "datasets/data/digits.csv.gz"
+        if file.exists() and (rows := np.loadtxt(file, delimiter=",")).shape == (1797, 65):
+            return rows[:, :-1], rows[:, -1].astype(np.int64)
     from sklearn.datasets import load_digits  # which knows where it lies by now, and its form
 
     digits, labels = load_digits(return_X_y=True)

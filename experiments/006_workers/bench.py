@@ -244,7 +244,7 @@ def run_crew(
 
 def work(settings: Any, total: int, display: Any) -> None:
     """A worker's search; its first evaluation begins when all workers have begun theirs."""
-    from nasattn.search.loop import Search
+    from nasattn.cli import _loading
 
     log, count = Path(os.environ[LOG]), int(os.environ[CREW])
     ready = log.with_name(f"{log.name}-ready")
@@ -255,7 +255,10 @@ def work(settings: Any, total: int, display: Any) -> None:
         while len(list(ready.iterdir())) < count:
             time.sleep(0.01)
 
-    search = Search(settings, display)
+    with _loading():  # as the command does
+        from nasattn.search.loop import Search
+
+        search = Search(settings, display)
     search.evaluator = Formula(log, float(os.environ["BENCH_SECONDS"]), pause)
     search.run(total)
 

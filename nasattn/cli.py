@@ -14,7 +14,7 @@ import typer
 from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from typing import NoReturn
 
     from nasattn.config import Experiment
@@ -373,7 +373,7 @@ def _search(
 
     if launcher == "local":
         check(experiment.trainer)
-    signal.signal(signal.SIGTERM, _interrupter())
+    _take_interrupts()
     display = Display(console())
     start = launcher_of(launcher, options or [], experiment, display.note)
     try:
@@ -407,10 +407,16 @@ def _renew(study: "Study") -> "NoReturn":
     os.execv(sys.executable, [sys.executable, *program, *again])
 
 
-def _interrupter() -> "Callable[[int, Any], None]":
-    """A handler that does what Ctrl-C does. A cluster signals all processes at once, and who has
-    started this one passes it on: a second signal must not cut off the first one's clean end."""
-    last = float("-inf")
+def _take_interrupts() -> None:
+    """From now on SIGTERM does what Ctrl-C does, and neither is lost.
+
+    A cluster signals all processes at once, and who has started this one passes it on: a second
+    signal must not cut off the first one's clean end. Within a `__del__`, such as the garbage
+    collector calls after each training, Python drops an interrupt: it comes again.
+    """
+    import threading
+
+    last, hook = float("-inf"), sys.unraisablehook
 
     def interrupt(number: int, frame: Any) -> None:
         nonlocal last
@@ -419,7 +425,16 @@ def _interrupter() -> "Callable[[int, Any], None]":
             last = now
             raise KeyboardInterrupt
 
-    return interrupt
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        nonlocal last
+        if what.exc_type is KeyboardInterrupt:
+            last = float("-inf")
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            hook(what)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = dropped
 
 
 @contextlib.contextmanager

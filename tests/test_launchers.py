@@ -47,6 +47,7 @@ slow = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[dict[str, str]]:
     """The environment in which a Ray cluster of this machine is found. RAY_TMPDIR: its files."""
+    pytest.importorskip("ray")
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets' paths have 107 characters
     token = Path(folder, "token")
     token.write_text(secrets.token_hex(32))
@@ -219,7 +220,7 @@ def test_who_stops_the_search_stops_all_workers_cleanly(
             time.sleep(0.1)
     logs = [p.read_text() for p in (study.folder / "workers").glob("*.log")]
     assert len(logs) == 2
-    assert all("stopped; what is finished is kept" in log for log in logs)
+    assert all("stopped; what is finished is kept" in log for log in logs), logs
     assert study.workers() == [], "each has signed off"
 
 

@@ -768,6 +768,27 @@ def test_loading_leaves_the_garbage_collector_as_it_was() -> None:
     assert gc.isenabled() and not gc.get_freeze_count()
 
 
+def test_an_interrupt_within_a_destructor_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __init__(self, number: signal.Signals) -> None:
+            self.number = number
+
+        def __del__(self) -> None:
+            signal.raise_signal(self.number)
+
+    before, said = signal.getsignal(signal.SIGTERM), list[Any]()
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    cli._take_interrupts()
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(KeyboardInterrupt):
+                Interrupted(number)
+                time.sleep(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not said
+
+
 def test_with_a_store_for_artifacts_nothing_is_taken_for_complete(write: Write) -> None:
     """The store was named after the end, and that search was killed before it had uploaded."""
     by_formula(write(), 3)

@@ -344,8 +344,7 @@ def _training(where: TrainerFile) -> Iterator[None]:
     torch.set_num_threads(where.threads)
     # Lightning's objects hold one another, so only the collector gives them back. What was there
     # before is kept out of its sight: to look through all of torch takes .4 s.
-    if thaw := not gc.get_freeze_count():
-        gc.freeze()
+    gc.freeze()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -371,8 +370,7 @@ def _training(where: TrainerFile) -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         gc.collect()
-        if thaw:
-            gc.unfreeze()
+        gc.unfreeze()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -73,12 +73,12 @@ def print_summary(summary: dict[str, Any]) -> None:
         done = f"{final['done']} of {final['evaluations']} evaluations"
         summary = summary | {"final": done}
     for key, value in summary.items():
-        if key not in ("halving", "workers", "failures"):
+        if key not in ("halving", "remarks", "workers", "failures"):
             shown = f"{value:.4f}" if isinstance(value, float) else value
             print(f"{key:>12}  {'-' if value is None else shown}")
     if summary["running"] and not summary["workers"]:
         print("  what is running was interrupted: the next search goes on with it")
-    for text in summary["halving"]:
+    for text in (*summary["halving"], *summary["remarks"]):
         print(f"  {text}")
     for worker in summary["workers"]:
         print(f"  worker {worker['host']}:{worker['pid']}: {worker.get('task') or 'starts'}")

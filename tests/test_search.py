@@ -605,6 +605,9 @@ def test_what_is_remarked_is_said_once_and_kept_in_each_row(
     assert said.count("not the same bits") == 1
     rows = study.optuna.get_trials(deepcopy=False)
     assert [row.user_attrs["remarks"] for row in rows] == [["not the same bits"]] * 3
+    backbone, remark = study.remarks()[::-1]
+    assert backbone.startswith("the plain backbone is trained: accuracy")
+    assert remark == "not the same bits"
 
 
 def test_before_the_first_trial_all_may_be_edited(write: Write) -> None:

@@ -125,7 +125,7 @@ def test_the_panel_says_it_all_on_lines_that_fit(
 def test_what_was_interrupted_is_not_called_running(
     whole: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = whole.summary() | {"running": 2}
+    summary = whole.summary() | {"running": 2, "remarks": ["no more than chance"]}
     print_summary(summary | {"best": None})
     assert "  best  -\n" in capsys.readouterr().out
     print_summary(summary)
@@ -136,7 +136,9 @@ def test_what_was_interrupted_is_not_called_running(
     told = "what is running was interrupted: the next search goes on with it"
     for workers in ([], [{"host": "a", "pid": 5}]):
         print_summary(summary | {"workers": workers})
-        assert (told in capsys.readouterr().out) == (not workers)
+        out = capsys.readouterr().out
+        assert (told in out) == (not workers)
+        assert "\n  no more than chance\n" in out
     display, _ = plain()
     display.begin(whole, 20)
     trials = [*whole.trials[:3], replace(whole.trials[3], state="running", score=None)]
@@ -254,6 +256,22 @@ def test_the_backbones_training_is_told_once(whole: Study, running: Running) -> 
         running.facts = [{"host": "a", "pid": 1, "task": task}, {"host": "a", "pid": 2}]
         follower.look()
     assert text.getvalue().count(f"worker pid 1: {task} ...") == 1
+
+
+def test_what_is_remarked_by_a_worker_is_told_by_who_follows_it(fake_study: FakeStudy) -> None:
+    study = fake_study(3, failures=0)
+    study.remark("the first")
+    display, text = plain()
+    follower = Follower(study, display)
+    for _ in range(2):
+        follower.look()
+    assert "the first" not in text.getvalue(), "it is no news"
+    for _ in range(2):
+        study.remark("the plain backbone is trained: no more than chance")
+        follower.look()
+    assert text.getvalue().count("no more than chance") == 1
+    assert study.summary()["remarks"] == study.remarks()
+    assert study.remarks() == ["the first", "the plain backbone is trained: no more than chance"]
 
 
 def test_who_looks_on_a_study_that_nobody_works_on_is_told(

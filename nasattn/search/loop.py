@@ -219,8 +219,8 @@ class Search:
         if text not in self._remarks:
             self.display.note(text)
         self._remarks.add(text)
-        if (job := self._job) is not None:
-            patiently(partial(self.study.remark, job.row, text), self.display.note)
+        row = self._job.row if self._job else None
+        patiently(partial(self.study.remark, text, row), self.display.note)
 
     def _evaluate(self, slots: Slots, job: Job) -> None:
         """Train a trial's architecture and record how it did."""

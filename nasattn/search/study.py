@@ -1,6 +1,7 @@
 """A study as its database holds it. Reading needs no torch; all is derived from the rows."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -31,6 +32,7 @@ from nasattn.search.stopping import ParetoHalving
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
 SCORE, PARTIAL, REASON, REMARKS = "score", "partial", "reason", "remarks"
+REMARK = "remark:"  # attributes of a study, each a text under a name of its own
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -250,6 +252,7 @@ class Study:
             "frontier": [t.number for t in self.frontier(trials)],
             "final": self.final(trials),
             "halving": halving.notes(trials, self.asked) if halving else [],
+            "remarks": self.remarks(),
             "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}
@@ -263,12 +266,22 @@ class Study:
         found = workers(self.engine, self.name, watch)
         return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
 
-    def remark(self, row: int, text: str) -> None:
-        """Keep a text with a trial that is running, by its row's id."""
+    def remark(self, text: str, row: int | None = None) -> None:
+        """Keep what there is to say of a training: with the study and, of a running trial's, by its
+        row's id, with that too."""
+        name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        self.optuna.set_user_attr(REMARK + name, text)
+        if row is None:
+            return
         storage = self.optuna._storage
         told = storage.get_trial(row).user_attrs.get(REMARKS, [])
         if text not in told:
             storage.set_trial_user_attr(row, REMARKS, [*told, text])
+
+    def remarks(self) -> list[str]:
+        """All that is kept so, each text once."""
+        attributes = self.optuna.user_attrs
+        return sorted(text for name, text in attributes.items() if name.startswith(REMARK))
 
     @property
     def database(self) -> Database:

@@ -20,6 +20,7 @@ class Follower:
         self._watch = Watch()
         self._states: dict[int, str] = {}
         self._workers: set[str] | None = None
+        self._remarks: set[str] = set()
         self._backbone = False  # whether its training was told
 
     def look(self) -> bool:
@@ -28,6 +29,7 @@ class Follower:
         # The workers first: a trial that one of them ends meanwhile is then seen to end.
         facts = self.study.workers(self._watch)
         trials, display = self.study.trials, self.display
+        remarks = self.study.remarks()
         workers, refused = described(facts), sum(f.get("refused", 0) for f in facts)
         total = self.study.asked
         if self._workers is None:
@@ -35,10 +37,14 @@ class Follower:
         else:
             display.total = total
             self._tell_workers(workers)
+            for text in remarks:
+                if text not in self._remarks:
+                    display.note(text)
             for trial in trials:
                 if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
                     display.end(trial, trials, refused)
         self._workers = {w.where for w in workers}
+        self._remarks.update(remarks)
         self._states = {t.number: t.state for t in trials}
         display.show(workers, trials, refused)
         return bool(workers) or finished(trials) < total

@@ -242,7 +242,7 @@ BROKEN: list[tuple[str, str, str, tuple[str, ...]]] = [
         ("spac.yaml: there is no such file; did you mean 'space.yaml'?",),
     ),
     ("space: space.yaml", "space: .", "3: space", ("cannot be read: ", "Is a directory")),
-    ("space: space.yaml", 'space: "a\\0"', "3: space", ("embedded null byte",)),
+    ("space: space.yaml", 'space: "a\\0"', "3: space", ("embedded null",)),
     ("objectives", "study", "10", ("not valid YAML: the key 'study' is given twice",)),
     ("  lr", "  epochs", "7", ("not valid YAML: the key 'epochs' is given twice",)),
     (

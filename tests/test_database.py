@@ -1,5 +1,6 @@
 """A study's database, above all with several processes on it: real PostgreSQL and real sqlite."""
 
+import gc
 import socket
 import sys
 import threading
@@ -8,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 from nasattn import load_study
@@ -95,6 +96,18 @@ def test_a_creation_that_was_killed_half_way_is_completed(storage: str) -> None:
     with pytest.raises(UserError, match="was not made by nasattn"):
         load_study(storage, "shared")
     assert opened(storage).facts == load_study(storage, "shared").facts
+
+
+def test_its_connections_are_closed_with_it(storage: str) -> None:
+    opened, closed = connect(storage), list[object]()
+    opened.get_all_studies()
+    event.listen(opened.engine, "close", lambda connection, record: closed.append(connection))
+    pool: Any = opened.engine.pool
+    kept = pool.checkedin()
+    assert kept and not closed
+    del opened
+    gc.collect()
+    assert len(closed) == kept
 
 
 def test_a_study_of_others_is_left_alone(storage: str) -> None:

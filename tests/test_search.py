@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -708,7 +709,7 @@ def test_a_database_that_is_locked_or_damaged_is_told_in_a_line(write: Write) ->
     by_formula(path, 3)
     file = path.parent / "runs" / "tiny.db"
     damaged = file.with_name("damaged.db")
-    with sqlite3.connect(file) as connection:
+    with closing(sqlite3.connect(file)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (page,) = connection.execute(
             "SELECT rootpage FROM sqlite_master WHERE name = 'trial_user_attributes'"

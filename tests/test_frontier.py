@@ -507,7 +507,7 @@ def test_what_another_process_proposed_and_finished_meanwhile_is_left_alone() ->
         row = propose(space, *arguments)
         if not other:
             other.append(space.params(row))
-            attributes = {PROPOSAL: list(row)}
+            attributes = {PROPOSAL: space.told(row)}
             ended = create_trial(
                 params=other[0], distributions=TWO, values=(0.5, 0.0), system_attrs=attributes
             )
@@ -528,7 +528,7 @@ def test_who_ended_before_it_had_its_parameters_keeps_no_row() -> None:
             params={"a": row[0]},
             distributions=TWO,
             state=TrialState.FAIL,
-            system_attrs={PROPOSAL: row},
+            system_attrs={PROPOSAL: dict(zip("ab", row, strict=True))},
         )
         study.add_trial(ended)
     found = set()
@@ -632,6 +632,54 @@ def test_options_that_repeat_are_refused() -> None:
         study.ask(space)
 
 
+@pytest.mark.parametrize("values", [(True, 1), (0, 0.0, "0"), (None, 0, False)])
+def test_options_that_are_equal_are_refused(values: tuple[Any, ...]) -> None:
+    """Optuna would store the first for each: the rows would not tell which were tried."""
+    space = {"a": CategoricalDistribution(values)}
+    study = study_of(FrontierSampler({1: lambda p: 0.0}, space=space))
+    with pytest.raises(ValueError, match="allowed: each once, and of those that are equal"):
+        study.ask(space)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_the_order_of_a_trials_parameters_means_nothing(added: bool) -> None:
+    """Of a trial that was added, or by turns; with one that told of its proposal and died."""
+    sizes = {"a": 2, "b": 8, "c": 3}
+    study = study_of(FrontierSampler({1: lambda p: float(sum(p.values()))}))
+    if added:
+        distributions = {n: CategoricalDistribution(range(sizes[n])) for n in reversed(sizes)}
+        study.add_trial(
+            create_trial(params=dict.fromkeys("cba", 0), distributions=distributions, values=(0, 0))
+        )
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        names = list(sizes) if added or trial.number % 2 else list(reversed(sizes))
+        p = {name: trial.suggest_categorical(name, range(sizes[name])) for name in names}
+        return float(p["a"] * p["b"]), float(sum(p.values()))
+
+    if added:
+        study.ask().suggest_categorical("a", range(2))
+    study.optimize(objective, n_trials=46)
+    rows = [tuple(t.params[n] for n in sizes) for t in study.trials if len(t.params) == 3]
+    assert len(rows) == len(set(rows)) == 46 + added
+
+
+@pytest.mark.parametrize("most", [6, 2])
+def test_a_limit_that_only_says_yes_or_no_is_met_from_the_first_options(most: int) -> None:
+    """No draw meets it, and none is nearer to it than another."""
+    space = {f"s{i}": CategoricalDistribution(("none", *OPTIONS[1:], "x", "y")) for i in range(17)}
+    limit = lambda p: float(sum(v != "none" for v in p.values()) > most)  # noqa: E731
+    sampler = FrontierSampler(
+        {1: lambda p: float(sum(map(len, p.values())))}, constraints=limit, space=space
+    )
+    study = study_of(sampler)
+    for number in range(12):
+        trial = study.ask(space)
+        assert limit(trial.params) == 0.0
+        study.tell(trial, (float(number), sampler.costs[1](trial.params)))
+    assert len({tuple(t.params.values()) for t in study.trials}) == 12
+
+
 def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/one.db"
     space = {"a": CategoricalDistribution((0, 1)), "b": CategoricalDistribution((0, 1, 2))}
@@ -668,12 +716,11 @@ def test_the_last_row_that_a_later_trial_is_to_have_as_well(
     study.add_trial(create_trial(params={"a": 0}, distributions=TWO, values=(0.5, 0.0)))
     propose, storage = sampler._propose, study._storage
 
-    def beside(*arguments: Any) -> Any:
-        row = propose(*arguments)
+    def beside(space: Any, *arguments: Any) -> Any:
+        row = propose(space, *arguments)
         if len(study.trials) == 2:
-            study.add_trial(
-                create_trial(state=TrialState.RUNNING, system_attrs={PROPOSAL: list(row)})
-            )
+            attributes = {PROPOSAL: space.told(row)}
+            study.add_trial(create_trial(state=TrialState.RUNNING, system_attrs=attributes))
         return row
 
     def later(_: float) -> None:
@@ -681,14 +728,14 @@ def test_the_last_row_that_a_later_trial_is_to_have_as_well(
         if rival == "took it":
             storage.set_trial_param(number, "a", 1, TWO["a"])
         elif rival == "leaves it":
-            storage.set_trial_system_attr(number, PROPOSAL, [])
+            storage.set_trial_system_attr(number, PROPOSAL, {})
 
     sampler._propose = beside  # type: ignore[method-assign]
     monkeypatch.setattr("nasattn.search.frontier_space.time.sleep", later)
     if rival == "took it":
         with pytest.raises(Exhausted):
             study.ask(TWO)
-        assert study.trials[1].system_attrs[PROPOSAL] == []
+        assert study.trials[1].system_attrs[PROPOSAL] == {}
     else:
         assert study.ask(TWO).params == {"a": 1}
 

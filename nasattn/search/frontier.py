@@ -186,7 +186,7 @@ class FrontierSampler(BaseSampler):
         """A proposal that no other process makes at the same time, told to them by the trial."""
         row = self._propose(space, rows, signs)
         while True:
-            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, list(row))
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, space.told(row))
             if not (rivals := rivals_of(study, trial, row, space)):
                 return row
             # Of trials that run, the later leaves the others the next best as well, or they would
@@ -201,7 +201,7 @@ class FrontierSampler(BaseSampler):
                     row = self._propose(space, rows, signs)
             except Exhausted:
                 if later or taken(study, trial, row, space):
-                    study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, [])
+                    study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, {})
                     raise
                 return row  # the last one is the first trial's
 

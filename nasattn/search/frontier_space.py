@@ -61,8 +61,12 @@ class Space:
         self._alike = len({type(v) for o in options.values() for v in o}) == 1
         self._index = {n: {self._key(v): i for i, v in enumerate(o)} for n, o in options.items()}
         for name, index in self._index.items():
-            if len(index) < len(options[name]):
-                raise ValueError(f"options of {name} repeat: {options[name]}; allowed: each once")
+            if len(index) < len(options[name]) or len(set(options[name])) < len(index):
+                # Optuna stores the first of those that are equal.
+                raise ValueError(
+                    f"options of {name} repeat: {options[name]}; allowed: each once, and of those "
+                    "that are equal, such as True, 1 and 1.0, one"
+                )
         found = {i: self._position(n, fixed[n]) for i, n in enumerate(options) if n in fixed}
         self.fixed = {i: position for i, position in found.items() if position is not None}
         self._at = list(self._index.values())
@@ -98,6 +102,17 @@ class Space:
         found = [self._position(name, params[name]) for name in self._index if name in params]
         row = tuple(position for position in found if position is not None)
         return row if len(row) == len(self._index) else None
+
+    def told(self, row: Row) -> dict[str, int]:
+        """The row as other processes read it, who may have the parameters in another order."""
+        return dict(zip(self.options, row, strict=True))
+
+    def heard(self, told: Any) -> Row | None:
+        """The row that was told so; None where it is none of these parameters'."""
+        if not isinstance(told, dict) or told.keys() != self.options.keys():
+            return None
+        row = tuple(told[name] for name in self.options)
+        return row if all(i < len(o) for i, o in zip(row, self._at, strict=True)) else None
 
     def completions(self, params: Params) -> Iterable[Row]:
         """The rows that have these parameters, if they are not too many to be listed."""
@@ -205,12 +220,14 @@ class Space:
         return None
 
     def fresh(self, seen: set[Row]) -> Row:
-        """A random feasible row that is not seen; where draws find none, by walks from seen ones,
-        and in a small space by looking at all that is left."""
+        """A random feasible row that is not seen; where draws find none, by walks from seen ones or
+        else from all first options, and in a small space by looking at all that is left."""
         for _ in range(DRAWS):
             if (row := self.feasible()) is not None and row not in seen:
                 return row
-        for row in self.changes(sorted(seen), WALKED):
+        first = tuple(self.fixed.get(i, 0) for i in range(len(self.options)))
+        starts = sorted(seen) or [first]
+        for row in itertools.chain(starts, self.changes(starts, WALKED)):
             if row not in seen and not self.violation(row):
                 return row
         if self.size <= LISTED:
@@ -249,8 +266,7 @@ class Trials:
             fixed = other.system_attrs.get("fixed_params")
             row = space.row(fixed | other.params if fixed else other.params)
             if row is None and other.state is TrialState.RUNNING:
-                proposal = other.system_attrs.get(PROPOSAL, ())
-                row = tuple(proposal) if len(proposal) == len(space.options) else None
+                row = space.heard(other.system_attrs.get(PROPOSAL))
             if row is None:
                 # Whatever else it would have asked for, it would end so again.
                 if other.state is TrialState.COMPLETE and PROPOSAL in other.system_attrs:
@@ -267,7 +283,7 @@ class Trials:
 def rivals_of(study: Study, trial: FrozenTrial, row: Row, space: Space) -> list[FrozenTrial]:
     """The other trials that are to have the row; or have had it, since the rows were read. One that
     ended before it had all its parameters has had none."""
-    told = list(row)
+    told = space.told(row)
     return [
         t
         for t in study.get_trials(deepcopy=False)

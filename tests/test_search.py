@@ -46,6 +46,7 @@ from nasattn.pricing import Candidates
 from nasattn.record import Score
 from nasattn.search import frontier_space, loop, outage
 from nasattn.search.artifacts import open_store, share
+from nasattn.search.database import sqlite_path
 from nasattn.search.display import Display
 from nasattn.search.launchers import STORAGE
 from nasattn.search.loop import Search, weights_of_trial
@@ -628,6 +629,23 @@ def test_before_the_first_trial_all_may_be_edited(write: Write) -> None:
         searching(write(**changes | {"pretrain": {"epochs": 4}}))
 
 
+def test_what_made_the_baseline_fail_can_be_mended(write: Write) -> None:
+    class Diverging(Formula):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            raise TrialFailed("the loss is nan at step 7")
+
+    path = write(training={"epochs": 2, "lr": 1e15, "warm_start": False})
+    with pytest.raises(TrialFailed, match="plain backbone could not be trained: the loss is nan"):
+        by_formula(path, 3, Diverging())
+    with pytest.raises(UserError, match=r"space\.max_blocks"):
+        searching(write(space=SPACE | {"max_blocks": 1}, training={"warm_start": False}))
+    mended = write(training={"epochs": 2, "lr": 1e-3, "warm_start": False})
+    study = by_formula(mended, 3)
+    assert study.config.training.lr == 1e-3 and [t.state for t in study.trials] == ["scored"] * 3
+    with pytest.raises(UserError, match=r"training\.lr: 0\.001 -> 0\.01"):
+        searching(write(training={"epochs": 2, "lr": 1e-2, "warm_start": False}))
+
+
 def test_who_reads_the_images_may_change_and_changes_nothing(
     write: Write, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -763,6 +781,33 @@ def test_weights_that_are_damaged_are_trained_again(write: Write) -> None:
     display.note = said.append  # type: ignore[method-assign]
     weights = weights_of_trial(study, study.trials[0], display)
     assert weights and "cannot be read" in said[0]
+
+
+def test_weights_of_another_databases_study_are_not_taken(write: Write) -> None:
+    study = by_formula(write(), 2)
+    other = by_formula(write("other"), 2)
+    shutil.copy(weights_file(other, 0), weights_file(study, 0))
+    display, said = Display(Console(quiet=True)), list[str]()
+    display.note = said.append  # type: ignore[method-assign]
+    assert len(weights_of_trial(study, study.trials[0], display)) > 1, "the formula gives one"
+    assert "is of another study" in said[0]
+
+
+def test_a_study_does_not_share_its_folder_with_one_of_another_database(write: Write) -> None:
+    first = by_formula(write(), 2)
+    file = sqlite_path(first.storage)
+    assert file
+    path = write(storage=f"sqlite:///{file.with_name('other.db')}")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the study 'tiny' of .*tiny\.db.*--study NAME"):
+            searching(path)
+    assert not file.with_name("other.db").exists(), "nothing was made of it"
+    assert by_formula(write(), 3).name == "tiny", "the first goes on"
+    assert by_formula(write(study="another", storage=first.storage), 1)
+    for left in file.parent.glob("tiny.db*"):
+        left.rename(left.with_name(left.name.replace("tiny", "renamed")))
+    renamed = write(storage=f"sqlite:///{file.with_name('renamed.db')}")
+    assert len(by_formula(renamed, 4).trials) == 4
 
 
 def test_loading_leaves_the_garbage_collector_as_it_was() -> None:

@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from nasattn.search.opening import FREE, open_study
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import Job, Slots, Turn, take_training, weights_file
+from nasattn.search.slots import TOKEN, Job, Slots, Turn, take_training, weights_file
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, Study, accuracy, finished
 from nasattn.space import SearchSpace
@@ -267,8 +268,7 @@ class Search:
         path = weights_file(self.study, job.trial.number)
         self.study.files.fetch(path)
         try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
+            facts = _facts(path)
         except (OSError, SafetensorError):
             return None
         if facts.get("of") != job.token or "score" not in facts:
@@ -297,7 +297,10 @@ class Search:
         self._prepare()
 
     def _prepare(self) -> None:
-        self._machine.guarded(lambda: self.evaluator.prepare(self._tick), "the plain backbone")
+        try:
+            self._machine.guarded(lambda: self.evaluator.prepare(self._tick), "the plain backbone")
+        except TrialFailed as error:
+            raise TrialFailed(f"the plain backbone could not be trained: {error}") from error
 
     def _start(self, trial: Trial | None) -> None:
         """Show what begins: a trial's training, or the backbone's."""
@@ -351,13 +354,22 @@ class Search:
                 files.publish(path)
 
 
+def _facts(path: Path) -> dict[str, str]:
+    """What stands with a trial's weights."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
     """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again."""
     path = weights_file(study, trial.number)
     share(study, open_store(study.config.artifacts), display.note)
     study.files.fetch(path)
     try:
-        return load_file(path)
+        # One of another database's study may have lain there since.
+        if _facts(path).get("of", "") == study.rows()[trial.number].user_attrs.get(TOKEN, ""):
+            return load_file(path)
+        display.note(f"{path} is of another study")
     except FileNotFoundError:
         pass
     except (OSError, SafetensorError) as error:

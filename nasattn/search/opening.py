@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,7 +13,7 @@ from optuna.study import StudyDirection
 from nasattn import __version__
 from nasattn.config import Experiment
 from nasattn.errors import UserError, suggest
-from nasattn.files import make_folder
+from nasattn.files import make_folder, replace_file
 from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
 from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
 from nasattn.search.study import FACTS, RUN, Study
@@ -84,6 +85,7 @@ def _opened(
     path = sqlite_path(storage)
     if path:
         make_folder(path.parent)
+        _claim_folder(path, experiment.study)
     up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
     directions = [up if o == "accuracy" else down for o in experiment.objectives]
     database = connect(storage)
@@ -94,6 +96,23 @@ def _opened(
         kept = experiment.as_dict() | {"storage": shown(storage)}  # without the password
         study.set_user_attr(FACTS, {"version": __version__, "experiment": kept, **facts})
     return Study(study, storage)
+
+
+def _claim_folder(path: Path, name: str) -> None:
+    """Have the study's folder to itself, which stands beside its database's file. Raises UserError
+    where a study of the same name in another file there has it."""
+    marker = path.parent / name / "database.txt"
+    make_folder(marker.parent)
+    with suppress(OSError, ValueError):
+        other = path.with_name(marker.read_text().strip())
+        same = other.name == path.name or (path.exists() and other.samefile(path))
+        if not same and other.exists() and find_study(f"sqlite:///{other}", name):
+            raise UserError(
+                f"{marker.parent} has the files of the study '{name}' of {other}: the two would "
+                "overwrite each other's; allowed: another name (`study:`, --study NAME), or "
+                "another folder for this database"
+            )
+    replace_file(marker, f"{path.name}\n")
 
 
 def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
@@ -148,9 +167,12 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
 
 
 def _begins(study: Study, edits: Sequence[str]) -> bool:
-    """Whether nothing is there yet that an edit would make incomparable; the objectives are fixed
-    in the database."""
-    if study.trials or any(line.startswith("objectives") for line in edits):
+    """Whether nothing is there yet that an edit would make incomparable: no trial, or the baseline
+    alone, which has still to be trained. The objectives are fixed in the database, a trial's
+    architecture in its row."""
+    trials = study.trials
+    fixed = ("objectives", "space") if trials else ("objectives",)
+    if any(not t.baseline or t.known for t in trials) or any(e.startswith(fixed) for e in edits):
         return False
     return not at_work(study.engine, study.name)
 

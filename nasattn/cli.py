@@ -498,13 +498,17 @@ def main() -> None:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if "sqlalchemy" not in sys.modules:
-            raise
-        from nasattn.search.outage import broken_database
+        from nasattn.search.outage import broken_database, full, full_disk
 
-        if not (why := broken_database(error)):
+        if full(error):
+            # What standard output still holds must not fail once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            told = str(full_disk(error))
+        elif why := broken_database(error):
+            told = f"the database cannot be used: {why}"
+        else:
             raise
-        print(f"nasattn: the database cannot be used: {why}", file=sys.stderr)
+        print(f"nasattn: {told}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,9 +1,13 @@
 """A study's database, above all with several processes on it: real PostgreSQL and real sqlite."""
 
 import gc
+import os
+import shutil
 import socket
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -108,6 +112,21 @@ def test_its_connections_are_closed_with_it(storage: str) -> None:
     del opened
     gc.collect()
     assert len(closed) == kept
+
+
+def test_a_database_on_a_full_disk_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sqlite speaks of an I/O error."""
+    file = tmp_path / "one.db"
+    connect(f"sqlite:///{file}")
+    os.truncate(file, 1000)
+    for free, told in ((0, "; its disk is full"), (2**30, "")):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        with pytest.raises(UserError, match=rf"cannot be used: [^;]*{told}$"):
+            connect(f"sqlite:///{file}")
 
 
 def test_a_study_of_others_is_left_alone(storage: str) -> None:

@@ -142,7 +142,10 @@ def test_who_takes_the_growth_up_goes_on_as_who_comes_later(
     """Optuna had read the trials with the choices of before when the space grew."""
 
     def gone_on(later: bool) -> Study:
-        options = {"search": search_options(sampler), "storage": f"sqlite:///{tmp_path}/{later}/tiny.db"}
+        options = {
+            "search": search_options(sampler),
+            "storage": f"sqlite:///{tmp_path}/{later}/tiny.db",
+        }
         by_formula(write(SMALL, **options), 12)
         settings = Experiment.load(write(GROWN, **options))
         for _ in range(1 + later):

@@ -997,6 +997,16 @@ def test_the_command_has_cublas_repeat_itself(monkeypatch: pytest.MonkeyPatch) -
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_output_is_told_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nasattn", "blocks", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("nasattn: the disk is full ([Errno 28] No space left on device)")
+
+
 def test_a_process_that_is_renewed_leaves_no_others(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A study's database: its URL, how it is reached, and what several processes create at once."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from nasattn.search.rows import Database
 
 CREATING = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between tries while others create the tables
 BUSY = 20  # seconds for which sqlite waits for another process's transaction
+ROOM = 2**16  # bytes that sqlite needs at least to open a database that others have written to
 ANSWERS = 10  # seconds in which a server must answer at the start
 IDLE = 10.0  # seconds after which a connection is tried before it is used
 
@@ -46,6 +48,9 @@ def connect(storage: str) -> RDBStorage:
                 continue
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
             reason = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
+            path = sqlite_path(storage)
+            if path and path.exists() and shutil.disk_usage(path).free < ROOM:
+                reason += "; its disk is full"
             raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
         except ImportError as error:
             raise UserError(

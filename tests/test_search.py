@@ -642,6 +642,7 @@ def test_what_made_the_baseline_fail_can_be_mended(write: Write) -> None:
     mended = write(training={"epochs": 2, "lr": 1e-3, "warm_start": False})
     study = by_formula(mended, 3)
     assert study.config.training.lr == 1e-3 and [t.state for t in study.trials] == ["scored"] * 3
+    assert not study.trials[0].reason
     with pytest.raises(UserError, match=r"training\.lr: 0\.001 -> 0\.01"):
         searching(write(training={"epochs": 2, "lr": 1e-2, "warm_start": False}))
 

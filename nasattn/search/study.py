@@ -370,7 +370,7 @@ def read_trial(row: FrozenTrial) -> Trial:
         cost=Cost(**attrs[FACTS]["cost"]),
         score=score,
         state=state,
-        reason=attrs.get(REASON, ""),
+        reason="" if score else attrs.get(REASON, ""),  # the baseline's may be of an earlier try
         partial=partial,
     )
 

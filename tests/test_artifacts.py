@@ -630,6 +630,26 @@ def test_a_store_is_given_to_a_study_later_and_taken_away_again(write: Write) ->
     assert study.config.artifacts is None and study.files.elsewhere() == {}
 
 
+def test_a_folder_that_is_not_there_any_more_is_not_made_anew(write: Write) -> None:
+    """It is not mounted, or was moved: the study's files lie elsewhere."""
+    study = by_formula(path := write(artifacts="store"), 2)
+    store, moved = path.parent / "store", path.parent / "moved"
+    store.rename(moved)
+    quiet = Display(Console(quiet=True))
+    for use in (
+        lambda: Search(study.config, quiet, load_study(study.storage, "tiny")),
+        lambda: weights_of_trial(study, study.trials[0], quiet),
+        lambda: collect(study),
+    ):
+        with pytest.raises(UserError, match=r"artifacts: .*store, which has .* is not there"):
+            use()
+    assert not store.exists()
+    experiment = Experiment.load(write(artifacts="moved"))
+    search = Search(experiment, quiet, load_study(study.storage, "tiny"))
+    search.evaluator = Formula()  # type: ignore[assignment]
+    assert search.run(3).config.artifacts == str(moved)
+
+
 def test_without_a_store_nothing_of_it_is_there(write: Write) -> None:
     study = by_formula(write(), 3)
     assert not inspect(study.engine).has_table(artifacts.TABLE.name)

@@ -121,10 +121,13 @@ class Store:
             random.setstate(state)
 
 
-def open_store(url: str | None) -> Store | None:
-    """The store of an experiment's `artifacts`; a UserError when it cannot be used now."""
+def open_store(url: str | None, study: Study | None = None) -> Store | None:
+    """The store of an experiment's `artifacts`; a UserError when it cannot be used now. study:
+    whose files are in it, where it has trials."""
     if url is None:
         return None
+    if study and study.config.artifacts == url and study.trials:
+        _refuse_missing(url)
     scheme, separator, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     try:
@@ -150,6 +153,15 @@ def open_store(url: str | None) -> Store | None:
     store = Store(url, backend, prefix and f"{prefix}/")
     store.probe()
     return store
+
+
+def _refuse_missing(url: str) -> None:
+    """A folder that is not mounted now, or was moved, must not be made anew."""
+    if "://" not in url and not Path(url).exists():
+        raise UserError(
+            f"artifacts: {url}, which has the study's files, is not there; mount it, put it back, "
+            "or name the place where it is now in the experiment's file"
+        )
 
 
 def _s3(bucket: str) -> "ArtifactStore":

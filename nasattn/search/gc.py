@@ -65,7 +65,7 @@ def collect(
     leave more than the limit. dry_run: only say what would be removed. note: told of an artifact
     store that does not answer.
     """
-    share(study, open_store(study.config.artifacts), note)
+    share(study, open_store(study.config.artifacts, study), note)
     busy = bool(study.workers())
     if dry_run:
         return _chosen(study, limit, busy)

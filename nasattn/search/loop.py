@@ -67,7 +67,7 @@ class Search:
         self.data: Data = load(experiment.data, experiment.space.input, experiment.space.classes)
         self.data.loader("train", experiment.training.batch_size, 0)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
-        store = open_store(experiment.artifacts)
+        store = open_store(experiment.artifacts, found)
         facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}
         self.study = open_study(experiment, facts, self.gate, found)
         check_writable(self.study.folder)
@@ -363,7 +363,7 @@ def _facts(path: Path) -> dict[str, str]:
 def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
     """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again."""
     path = weights_file(study, trial.number)
-    share(study, open_store(study.config.artifacts), display.note)
+    share(study, open_store(study.config.artifacts, study), display.note)
     study.files.fetch(path)
     try:
         # One of another database's study may have lain there since.

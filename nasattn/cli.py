@@ -411,8 +411,8 @@ def _take_interrupts() -> None:
     """From now on SIGTERM does what Ctrl-C does, and neither is lost.
 
     A cluster signals all processes at once, and who has started this one passes it on: a second
-    signal must not cut off the first one's clean end. Within a `__del__`, such as the garbage
-    collector calls after each training, Python drops an interrupt: it comes again.
+    signal, within seconds, must not cut off the first one's clean end. Within a `__del__`, such as
+    the garbage collector calls after each training, Python drops an interrupt: it comes again.
     """
     import threading
 
@@ -434,6 +434,8 @@ def _take_interrupts() -> None:
             hook(what)
 
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = dropped
 
 
@@ -490,7 +492,12 @@ def main() -> None:
     # Read at the first product on a GPU: what evaluate.device asks for.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:
+            if sys.stdout is not None:  # as where it was closed
+                with contextlib.suppress(BrokenPipeError):
+                    sys.stdout.flush()
     except UserError as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(2)
@@ -501,8 +508,10 @@ def main() -> None:
         from nasattn.search.outage import broken_database, full, full_disk
 
         if full(error):
-            # What standard output still holds must not fail once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            try:
+                sys.stdout.flush()
+            except OSError:  # it would fail once more at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             told = str(full_disk(error))
         elif why := broken_database(error):
             told = f"the database cannot be used: {why}"

@@ -665,7 +665,10 @@ def test_the_order_of_a_trials_parameters_means_nothing(added: bool) -> None:
 
 
 @pytest.mark.parametrize("most", [6, 2])
-def test_a_limit_that_only_says_yes_or_no_is_met_from_the_first_options(most: int) -> None:
+@pytest.mark.parametrize("added", [True, False])
+def test_a_limit_that_only_says_yes_or_no_is_met_from_the_first_options(
+    most: int, added: bool
+) -> None:
     """No draw meets it, and none is nearer to it than another."""
     space = {f"s{i}": CategoricalDistribution(("none", *OPTIONS[1:], "x", "y")) for i in range(17)}
     limit = lambda p: float(sum(v != "none" for v in p.values()) > most)  # noqa: E731
@@ -673,11 +676,14 @@ def test_a_limit_that_only_says_yes_or_no_is_met_from_the_first_options(most: in
         {1: lambda p: float(sum(map(len, p.values())))}, constraints=limit, space=space
     )
     study = study_of(sampler)
+    if added:
+        worst = create_trial(params=dict.fromkeys(space, "x"), distributions=space, values=(9, 17))
+        study.add_trial(worst)
     for number in range(12):
         trial = study.ask(space)
         assert limit(trial.params) == 0.0
         study.tell(trial, (float(number), sampler.costs[1](trial.params)))
-    assert len({tuple(t.params.values()) for t in study.trials}) == 12
+    assert len({tuple(t.params.values()) for t in study.trials}) == 12 + added
 
 
 def test_the_last_row_is_not_lost_to_two_that_ask_for_it_at_once(tmp_path: Path) -> None:

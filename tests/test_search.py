@@ -50,6 +50,7 @@ from nasattn.search.database import sqlite_path
 from nasattn.search.display import Display
 from nasattn.search.launchers import STORAGE
 from nasattn.search.loop import Search, weights_of_trial
+from nasattn.search.opening import find_study
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
 from nasattn.search.study import FACTS, Study
@@ -637,14 +638,39 @@ def test_what_made_the_baseline_fail_can_be_mended(write: Write) -> None:
     path = write(training={"epochs": 2, "lr": 1e15, "warm_start": False})
     with pytest.raises(TrialFailed, match="plain backbone could not be trained: the loss is nan"):
         by_formula(path, 3, Diverging())
-    with pytest.raises(UserError, match=r"space\.max_blocks"):
-        searching(write(space=SPACE | {"max_blocks": 1}, training={"warm_start": False}))
+    training = {"warm_start": False}
+    for fixed in ({"space": SPACE | {"max_blocks": 1}}, {"budget": {"params": "1.3x"}}):
+        with pytest.raises(UserError, match=rf"{next(iter(fixed))}\."):
+            searching(write(training=training, **fixed))
     mended = write(training={"epochs": 2, "lr": 1e-3, "warm_start": False})
     study = by_formula(mended, 3)
     assert study.config.training.lr == 1e-3 and [t.state for t in study.trials] == ["scored"] * 3
     assert not study.trials[0].reason
     with pytest.raises(UserError, match=r"training\.lr: 0\.001 -> 0\.01"):
         searching(write(training={"epochs": 2, "lr": 1e-2, "warm_start": False}))
+
+
+def test_a_mended_baseline_has_nothing_of_what_was_before(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training had ended when the database went away, before its score was told."""
+
+    def away(*_: Any) -> None:
+        raise Stopped("the database has not answered")
+
+    search, formula = searching(write(training={"lr": 1.0})), Formula()
+    search.evaluator = formula  # type: ignore[assignment]
+    search._remark("no more than chance")
+    with monkeypatch.context() as patch:
+        patch.setattr("nasattn.search.slots.Slots.finish", away)
+        with pytest.raises(Stopped):
+            search.run(1)
+    again = Formula()
+    study = by_formula(write(training={"lr": 0.5}), 1, again)
+    assert formula.calls == again.calls == 1 and study.trials[0].score
+    assert study.remarks() == []
+    study.remark("no more than chance")
+    assert study.remarks() == ["no more than chance"]
 
 
 def test_who_reads_the_images_may_change_and_changes_nothing(
@@ -800,15 +826,21 @@ def test_a_study_does_not_share_its_folder_with_one_of_another_database(write: W
     assert file
     path = write(storage=f"sqlite:///{file.with_name('other.db')}")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"the study 'tiny' of .*tiny\.db.*--study NAME"):
+        with pytest.raises(UserError, match=r"the study 'tiny' of .*tiny\.db.*another `study:`"):
             searching(path)
     assert not file.with_name("other.db").exists(), "nothing was made of it"
     assert by_formula(write(), 3).name == "tiny", "the first goes on"
     assert by_formula(write(study="another", storage=first.storage), 1)
     for left in file.parent.glob("tiny.db*"):
         left.rename(left.with_name(left.name.replace("tiny", "renamed")))
-    renamed = write(storage=f"sqlite:///{file.with_name('renamed.db')}")
-    assert len(by_formula(renamed, 4).trials) == 4
+    renamed = Experiment.load(write(storage=f"sqlite:///{file.with_name('renamed.db')}"))
+    found = find_study(renamed.storage, "tiny")
+    assert found and len(found.trials) == 3
+    search = Search(renamed, Display(Console(quiet=True)), found)  # as the command does
+    search.evaluator = Formula()  # type: ignore[assignment]
+    assert len(search.run(4).trials) == 4
+    with pytest.raises(UserError, match=r"the study 'tiny' of .*renamed\.db"):
+        searching(write())
 
 
 def test_loading_leaves_the_garbage_collector_as_it_was() -> None:
@@ -826,16 +858,21 @@ def test_an_interrupt_within_a_destructor_comes_again(monkeypatch: pytest.Monkey
         def __del__(self) -> None:
             signal.raise_signal(self.number)
 
-    before, said = signal.getsignal(signal.SIGTERM), list[Any]()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    said = list[Any]()
     monkeypatch.setattr(sys, "unraisablehook", said.append)
-    cli._take_interrupts()
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in before:
+            cli._take_interrupts()
             with pytest.raises(KeyboardInterrupt):
                 Interrupted(number)
                 time.sleep(10)
+            for again in before:
+                signal.raise_signal(again)  # so soon after, it is the same one
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert not said
 
 
@@ -999,10 +1036,15 @@ def test_the_command_has_cublas_repeat_itself(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_under_the_output_is_told_in_a_line() -> None:
+@pytest.mark.parametrize("arguments", [("blocks", "--json"), ("cost", "--help")])
+def test_a_full_disk_under_the_output_is_told_in_a_line(arguments: tuple[str, ...]) -> None:
+    """Of a short output at the end, when what was held back is written."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "nasattn", "blocks", "--json"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "nasattn", *arguments]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("nasattn: the disk is full ([Errno 28] No space left on device)")

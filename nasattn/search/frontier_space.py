@@ -220,13 +220,13 @@ class Space:
         return None
 
     def fresh(self, seen: set[Row]) -> Row:
-        """A random feasible row that is not seen; where draws find none, by walks from seen ones or
-        else from all first options, and in a small space by looking at all that is left."""
+        """A random feasible row that is not seen; where draws find none, by walks from seen ones
+        and from all first options, and in a small space by looking at all that is left."""
         for _ in range(DRAWS):
             if (row := self.feasible()) is not None and row not in seen:
                 return row
         first = tuple(self.fixed.get(i, 0) for i in range(len(self.options)))
-        starts = sorted(seen) or [first]
+        starts = sorted({*seen, first})
         for row in itertools.chain(starts, self.changes(starts, WALKED)):
             if row not in seen and not self.violation(row):
                 return row

@@ -26,9 +26,9 @@ from nasattn.search.opening import FREE, open_study
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import TOKEN, Job, Slots, Turn, take_training, weights_file
+from nasattn.search.slots import Job, Slots, Turn, take_training, weights_file
 from nasattn.search.stopping import ParetoHalving
-from nasattn.search.study import FACTS, Study, accuracy, finished
+from nasattn.search.study import FACTS, TOKEN, Study, accuracy, finished
 from nasattn.space import SearchSpace
 
 WAIT = 0.5  # seconds between two looks at what the other workers do
@@ -98,8 +98,13 @@ class Search:
                 self._have_backbone()
             self.display.begin(self.study, total)
             self._work(total)
-            Retraining(self.study, self.data, self.display, self.leases, self._machine).run()
+            self._retraining().run()
         return self.study
+
+    def _retraining(self) -> Retraining:
+        return Retraining(
+            self.study, self.data, self.display, self.leases, self._machine, self._remark
+        )
 
     def _leases(self) -> Leases:
         return Leases(self.study.engine, self.study.name)

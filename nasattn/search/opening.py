@@ -66,6 +66,7 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
+    _claim_folder(sqlite_path(checked_url(experiment.storage)), experiment.study)
     if found is None or found.optuna.user_attrs.get(FACTS) != found.facts:
         found = _opened(experiment, facts, sampler)
     opened = found
@@ -82,10 +83,6 @@ def _opened(
     experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
 ) -> Study:
     storage = checked_url(experiment.storage)
-    path = sqlite_path(storage)
-    if path:
-        make_folder(path.parent)
-        _claim_folder(path, experiment.study)
     up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
     directions = [up if o == "accuracy" else down for o in experiment.objectives]
     database = connect(storage)
@@ -98,19 +95,23 @@ def _opened(
     return Study(study, storage)
 
 
-def _claim_folder(path: Path, name: str) -> None:
+def _claim_folder(path: Path | None, name: str) -> None:
     """Have the study's folder to itself, which stands beside its database's file. Raises UserError
-    where a study of the same name in another file there has it."""
+    where a study of the same name in another file there has it. path: None for a server."""
+    if path is None:
+        return
     marker = path.parent / name / "database.txt"
     make_folder(marker.parent)
     with suppress(OSError, ValueError):
         other = path.with_name(marker.read_text().strip())
-        same = other.name == path.name or (path.exists() and other.samefile(path))
+        if other.name == path.name:
+            return
+        same = path.exists() and other.samefile(path)
         if not same and other.exists() and find_study(f"sqlite:///{other}", name):
             raise UserError(
                 f"{marker.parent} has the files of the study '{name}' of {other}: the two would "
-                "overwrite each other's; allowed: another name (`study:`, --study NAME), or "
-                "another folder for this database"
+                "overwrite each other's; allowed: another `study:` name, or another folder for "
+                "this database"
             )
     replace_file(marker, f"{path.name}\n")
 
@@ -132,7 +133,8 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
     space = experiment.as_dict()["space"]
     new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
     lost = losses(old, new)
-    if (edits or lost or moved) and _begins(study, edits):
+    if (edits or lost or moved) and _begins(study, edits, lost):
+        study.forget()
         kept = experiment.as_dict() | {"storage": old["experiment"]["storage"]}
         take({**new, "experiment": kept})
         return ""
@@ -166,15 +168,15 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
     return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
 
 
-def _begins(study: Study, edits: Sequence[str]) -> bool:
+def _begins(study: Study, edits: Sequence[str], lost: Sequence[str]) -> bool:
     """Whether nothing is there yet that an edit would make incomparable: no trial, or the baseline
     alone, which has still to be trained. The objectives are fixed in the database, a trial's
-    architecture in its row."""
+    architecture and cost in its row."""
     trials = study.trials
-    fixed = ("objectives", "space") if trials else ("objectives",)
+    fixed = ("objectives", "space", "budget", "latency") if trials else ("objectives",)
     if any(not t.baseline or t.known for t in trials) or any(e.startswith(fixed) for e in edits):
         return False
-    return not at_work(study.engine, study.name)
+    return not (trials and lost) and not at_work(study.engine, study.name)
 
 
 def free_name(storage: str, name: str) -> str:

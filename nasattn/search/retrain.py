@@ -29,7 +29,13 @@ class Retraining:
     at, seed by seed, so that a comparison within a seed is whole as early as can be."""
 
     def __init__(
-        self, study: Study, data: Data, display: Display, leases: Leases, machine: Machine
+        self,
+        study: Study,
+        data: Data,
+        display: Display,
+        leases: Leases,
+        machine: Machine,
+        remark: Callable[[str], None],
     ) -> None:
         self.study, self.data, self.display, self.leases = study, data, display, leases
         self._machine = machine
@@ -37,7 +43,11 @@ class Retraining:
         trials = study.trials
         self.planned = contenders(trials, study.frontier(trials))
         seeds = self.experiment.final.seeds if self.experiment.final else 0
-        self.evaluators = [evaluator_of(study, data, s, display.note) for s in range(seeds)]
+
+        def remarks(seed: int) -> Callable[[str], None]:
+            return lambda text: remark(f"final, seed {seed}: {text}")
+
+        self.evaluators = [evaluator_of(study, data, s, remarks(s)) for s in range(seeds)]
 
     def run(self) -> None:
         """Evaluate until nothing is left, here or at another worker."""

@@ -24,9 +24,9 @@ from nasattn.search.lease import TRIAL, TURN, WORKER, Lease, Leases, trial_lease
 from nasattn.search.outage import patiently
 from nasattn.search.samplers import Exhausted, Gate, Snapshot
 from nasattn.search.stopping import ParetoHalving
-from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, Study, claim, read_trial
+from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, TOKEN, Study, claim, read_trial
 
-DEATHS, TOKEN = "deaths", "token"
+DEATHS = "deaths"
 FIRST = "first"  # of a promoted trial: Optuna's id of the first of its rows
 # So many workers die at the same step of a training, or at any since its last checkpoint, before it
 # is given up: what kills by itself does so at one step, kills from outside fall at many.

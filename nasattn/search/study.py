@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from nasattn.search.stopping import ParetoHalving
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
 FACTS = "nasattn"
 SCORE, PARTIAL, REASON, REMARKS = "score", "partial", "reason", "remarks"
+TOKEN = "token"  # of a row: what its weights say that they are of
 REMARK = "remark:"  # attributes of a study, each a text under a name of its own
 
 STATES: Mapping[TrialState, State] = {
@@ -281,7 +283,16 @@ class Study:
     def remarks(self) -> list[str]:
         """All that is kept so, each text once."""
         attributes = self.optuna.user_attrs
-        return sorted(text for name, text in attributes.items() if name.startswith(REMARK))
+        return sorted(text for name, text in attributes.items() if name.startswith(REMARK) and text)
+
+    def forget(self) -> None:
+        """What was said of trainings, and the weights of the baseline, are not of the experiment as
+        it is to be: it was edited before the baseline was told."""
+        for name in self.optuna.user_attrs:
+            if name.startswith(REMARK):
+                self.optuna.set_user_attr(name, "")
+        for row in self.rows():
+            self.optuna._storage.set_trial_user_attr(row._trial_id, TOKEN, secrets.token_hex(8))
 
     @property
     def database(self) -> Database:

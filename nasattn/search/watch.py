@@ -44,7 +44,7 @@ class Follower:
                 if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
                     display.end(trial, trials, refused)
         self._workers = {w.where for w in workers}
-        self._remarks.update(remarks)
+        self._remarks = set(remarks)
         self._states = {t.number: t.state for t in trials}
         display.show(workers, trials, refused)
         return bool(workers) or finished(trials) < total

@@ -491,13 +491,13 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Read at the first product on a GPU: what evaluate.device asks for.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # none where the caller closed it
     try:
         try:
             app(standalone_mode=True)
         finally:
-            if sys.stdout is not None:  # as where it was closed
-                with contextlib.suppress(BrokenPipeError):
-                    sys.stdout.flush()
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
     except UserError as error:
         print(f"nasattn: {error}", file=sys.stderr)
         sys.exit(2)

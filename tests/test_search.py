@@ -1050,6 +1050,12 @@ def test_a_full_disk_under_the_output_is_told_in_a_line(arguments: tuple[str, ..
     assert line.startswith("nasattn: the disk is full ([Errno 28] No space left on device)")
 
 
+def test_a_closed_output_is_no_error() -> None:
+    command = ["/bin/sh", "-c", f'"{sys.executable}" -m nasattn blocks >&-']
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_a_process_that_is_renewed_leaves_no_others(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from nasattn.search.rows import Database
 
 CREATING = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between tries while others create the tables
 BUSY = 20  # seconds for which sqlite waits for another process's transaction
-ROOM = 2**16  # bytes that sqlite needs at least to open a database that others have written to
+ROOM = 2**16  # bytes; sqlite makes files beside a database to open it, and calls it an I/O error
 ANSWERS = 10  # seconds in which a server must answer at the start
 IDLE = 10.0  # seconds after which a connection is tried before it is used
 

@@ -98,13 +98,11 @@ class Search:
                 self._have_backbone()
             self.display.begin(self.study, total)
             self._work(total)
-            self._retraining().run()
+            final = Retraining(
+                self.study, self.data, self.display, self.leases, self._machine, self._remark
+            )
+            final.run()
         return self.study
-
-    def _retraining(self) -> Retraining:
-        return Retraining(
-            self.study, self.data, self.display, self.leases, self._machine, self._remark
-        )
 
     def _leases(self) -> Leases:
         return Leases(self.study.engine, self.study.name)
@@ -221,7 +219,8 @@ class Search:
         return patiently(lambda: slots.next(self._publish), self.display.note)
 
     def _remark(self, text: str) -> None:
-        """Of a training, such as a checkpoint that cannot be used: said once, kept in its row."""
+        """Of a training, such as a checkpoint that cannot be used: said once, and kept with the
+        study and in its trial's row."""
         if text not in self._remarks:
             self.display.note(text)
         self._remarks.add(text)

@@ -22,15 +22,14 @@ from nasattn.search.study import FACTS, REASON, SCORE, Study, claim
 from nasattn.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
-POSTGRES = str(ROOT / "tests/postgres.sh")
 FakeStudy = Callable[..., Study]
 
 
-def run_postgres(*arguments: str) -> str:
-    """What tests/postgres.sh prints; skips where no PostgreSQL is installed."""
-    done = subprocess.run([POSTGRES, *arguments], capture_output=True, text=True)
+def run_script(name: str, *arguments: str) -> str:
+    """What a script of tests/ prints; skips where its server is not installed."""
+    done = subprocess.run([ROOT / "tests" / name, *arguments], capture_output=True, text=True)
     if done.returncode == 3:
-        pytest.skip(f"PostgreSQL: {done.stderr.strip()}")
+        pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -43,8 +42,8 @@ def postgres_server() -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path: the server's user must reach it
         Path(folder).chmod(0o755)
-        yield run_postgres("start", f"{folder}/postgres")
-        run_postgres("stop", f"{folder}/postgres")
+        yield run_script("postgres.sh", "start", f"{folder}/postgres")
+        run_script("postgres.sh", "stop", f"{folder}/postgres")
 
 
 @pytest.fixture

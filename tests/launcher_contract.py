@@ -93,13 +93,14 @@ class Contract:
 
 
 if __name__ == "__main__":
-    trainer, options = TrainerFile(accelerator="cpu"), {"cluster": "local", "time": 5}
-    home = Path(sys.argv[2])
-    os.environ["SLURM_NTASKS"] = "4"
+    trainer, home = TrainerFile(accelerator="cpu"), Path(sys.argv[2])
+    if sys.argv[1] != "slurm":  # there Slurm itself sets it
+        os.environ["SLURM_NTASKS"] = "4"
     made = {
         "local": lambda: Local(trainer),
         "ray": lambda: Ray(trainer, print),
-        "slurm": lambda: Slurm(trainer, options, lambda text: None),
+        "slurm": lambda: Slurm(trainer, {"time": 5}, lambda text: None),
+        "submitit": lambda: Slurm(trainer, {"time": 5, "cluster": "local"}, lambda text: None),
     }[sys.argv[1]]()
     os.chdir(home)
     print(json.dumps(Contract(made, home).all()))

@@ -1,5 +1,5 @@
-"""The launchers: real processes, a real Ray of this machine, and submitit's own local executor in
-place of Slurm, which cannot be had here.
+"""The launchers: real processes, a real Ray and a real Slurm of this machine, and submitit's own
+local executor, which `cluster=local` names.
 
 Whatever could hang runs as a process of its own, with a time limit.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_script
 from test_search import Write, write
 
 from nasattn import load_study
@@ -29,7 +30,7 @@ from nasattn.config import Experiment, TrainerFile
 from nasattn.errors import Stopped, UserError
 from nasattn.search import launchers
 from nasattn.search.launchers import visible_devices
-from nasattn.search.slurm_launcher import SLURM, Slurm, read_options
+from nasattn.search.slurm_launcher import SLURM, Queue, Slurm, read_options
 from nasattn.search.study import Study
 from nasattn.search.workers import Crew, launcher
 
@@ -39,7 +40,8 @@ SECRET = "s3cret-w0rd"  # of the URL in launcher_contract.py
 OPTIONS = {
     "local": [],
     "ray": ["--launcher", "ray"],
-    "slurm": ["--launcher", "slurm", "--launcher-option", "cluster=local"],
+    "slurm": ["--launcher", "slurm"],
+    "submitit": ["--launcher", "slurm", "--launcher-option", "cluster=local"],
 }
 slow = pytest.mark.slow
 
@@ -87,15 +89,27 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def slurm_cluster() -> Iterator[dict[str, str]]:
+    """The environment in which a Slurm of this machine is found: the one CI started, else one of
+    this module."""
+    if conf := os.environ.get("NASATTN_TEST_SLURM"):
+        yield {"SLURM_CONF": conf}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield {"SLURM_CONF": run_script("slurm.sh", "start", f"{folder}/slurm")}
+        run_script("slurm.sh", "stop", f"{folder}/slurm")
+
+
 Env = dict[str, str]
 
 
-@pytest.fixture(
-    params=["local", pytest.param("ray", marks=slow), pytest.param("slurm", marks=slow)]
-)
+@pytest.fixture(params=["local", *(pytest.param(name, marks=slow) for name in list(OPTIONS)[1:])])
 def where(request: pytest.FixtureRequest) -> tuple[str, Env]:
     """A launcher's name, and the environment that it needs."""
-    more = request.getfixturevalue("ray_cluster") if request.param == "ray" else {}
+    cluster = request.param in ("ray", "slurm")
+    more: Env = request.getfixturevalue(f"{request.param}_cluster") if cluster else {}
     return request.param, os.environ | more
 
 
@@ -115,8 +129,9 @@ def test_contract(where: tuple[str, Env], tmp_path: Path) -> None:
         "slurm": False,
         "folder": str(tmp_path),
     }
-    assert found["where"].startswith({"local": "pid ", "ray": "", "slurm": "job "}[name])
-    assert name == "slurm" or found["where"].endswith(str(found["pid"]))
+    assert found["where"].startswith({"local": "pid ", "ray": ""}.get(name, "job "))
+    jobs = name in ("slurm", "submitit")
+    assert jobs or found["where"].endswith(str(found["pid"]))
     assert found["killed"] == -signal.SIGKILL
     assert found["ended"] == ["a clean end"]
     assert found.get("host killed", -signal.SIGKILL) == -signal.SIGKILL
@@ -125,7 +140,7 @@ def test_contract(where: tuple[str, Env], tmp_path: Path) -> None:
     folders = [tmp_path, *([Path(env["RAY_TMPDIR"])] if name == "ray" else [])]
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     assert [p.name for p in files if SECRET.encode() in p.read_bytes()] == ["2.log"]
-    if name == "slurm":
+    if jobs:
         kept = tmp_path / "workers" / "slurm"
         assert stat.S_IMODE(kept.stat().st_mode) == 0o700
         assert list(kept.glob("*_submitted.pkl"))
@@ -322,6 +337,28 @@ def job(tmp_path: Path, code: str, needs: list[str]) -> subprocess.Popen[bytes]:
     paths = f"Path({str(tmp_path / 'log')!r}), Path({str(tmp_path / 'code')!r})"
     run = "from nasattn.search.slurm_launcher import run_job; from pathlib import Path\n"
     return subprocess.Popen([sys.executable, "-c", f"{run}run_job(*{call!r}, {paths})"])
+
+
+def test_of_what_slurm_does_not_tell_nothing_is_concluded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue, asked = tmp_path / "squeue", tmp_path / "asked"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def answers(text: str) -> None:
+        squeue.write_text(f"#!/bin/sh\necho once >>{asked}\n{text}\n")
+        squeue.chmod(0o755)
+
+    queue = Queue()
+    answers("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert not queue.lacks("7", 0.0)
+    answers("echo 7; echo 9")
+    assert not queue.lacks("7", 0.0) and queue.lacks("8", 60.0)
+    answers("echo 9")
+    assert not queue.lacks("7", 60.0), "not asked again so soon"
+    queue.forget()
+    assert queue.lacks("7", 60.0)
+    assert len(asked.read_text().split()) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])

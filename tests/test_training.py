@@ -236,6 +236,16 @@ def test_what_is_random_outside_is_left_alone(data: Data, tmp_path: Path) -> Non
     assert draw() == expected
 
 
+def test_where_slurm_is_at_hand_nothing_is_said_of_it(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would warn at each training that `srun` is not used."""
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fit(build(candidate()), data, Schedule(batch_size=32), seed=1, where=TrainerFile())
+
+
 class Putting(nn.Module):
     """An operation of which torch has no deterministic kernel, on the CPU either."""
 

@@ -50,6 +50,7 @@ NOISE = (
     ".*is smaller than the logging interval.*",
     ".*GPU available but not used.*",
     ".*MPS available but not used.*",
+    ".*`srun` command is available.*",  # Slurm is at hand; each worker is one process
     ".*`_pytree`.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*deterministic.*",  # device.alike notes it

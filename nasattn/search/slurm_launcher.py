@@ -1,8 +1,10 @@
 """Workers as jobs of Slurm, by submitit."""
 
+import math
 import os
 import shutil
 import signal
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from nasattn.files import whole
 from nasattn.search.launchers import spawn
 
 MINUTES = 240  # that a job may take, where `time` is not given
+LOOK, URGENT = 20.0, 2.0  # seconds between two calls of squeue, and where a job was told to end
 
 # The options of `--launcher slurm`, and what they mean where sbatch's manual does not say it.
 SLURM: Mapping[str, str] = {
@@ -74,6 +77,7 @@ class Slurm:
                 "--launcher slurm: submitit is not installed; pip install 'nasattn[cluster]'"
             ) from None
         self.trainer, self.note, self.submitit = trainer, note, submitit
+        self.queue = Queue()
         self.options = {"time": MINUTES, "cluster": "slurm", **options}
         if self.options["cluster"] == "slurm" and not (
             shutil.which("sbatch") and shutil.which("srun")
@@ -99,7 +103,9 @@ class Slurm:
         except (RuntimeError, OSError) as error:
             raise Stopped(f"Slurm takes no job: {' '.join(str(error).split())}") from error
         self.note(f"worker {index} is job {job.job_id}")
-        return SlurmProcess(job, ended)
+        self.queue.forget()
+        local = self.options["cluster"] == "local"
+        return SlurmProcess(job, ended, None if local else self.queue)
 
     def parameters(self) -> dict[str, Any]:
         """What submitit is asked for."""
@@ -120,17 +126,41 @@ class Slurm:
         }
 
 
-class SlurmProcess:
-    """A job, seen from the search. It is over when it has left its exit code, or by what Slurm says
-    (sacct), which submitit asks more and more rarely."""
+class Queue:
+    """The jobs of this user that are not over. From squeue: sacct, which submitit asks, knows
+    nothing where a cluster keeps no accounts."""
 
-    def __init__(self, job: Any, ended: Path) -> None:
+    def __init__(self) -> None:
+        self.jobs: frozenset[str] = frozenset()
+        self.forget()
+
+    def forget(self) -> None:
+        """Of what was seen before nothing is concluded."""
+        self.asked, self.answered = -math.inf, False
+
+    def lacks(self, job: str, within: float) -> bool:
+        """Whether a job is over, by an answer of at most so many seconds ago. One that Slurm does
+        not give (its controller is away for a while) says nothing."""
+        if time.monotonic() - self.asked >= within:
+            command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.jobs, self.answered = frozenset(done.stdout.split()), done.returncode == 0
+            self.asked = time.monotonic()
+        return self.answered and job not in self.jobs
+
+
+class SlurmProcess:
+    """A job, seen from the search. It is over when it has left its exit code, or is in the queue no
+    more. queue: None where submitit runs it on this machine."""
+
+    def __init__(self, job: Any, ended: Path, queue: Queue | None) -> None:
         self.job, self.ended, self.where = job, ended, f"job {job.job_id}"
+        self.queue, self.told = queue, False
         self.code: int | None = None
 
     def poll(self) -> int | None:
         if self.code is None:
-            over = self.job.done() or self.job.state.startswith("PREEMPTED")
+            over = self._over()
             try:
                 self.code = int(self.ended.read_text())
             except FileNotFoundError:
@@ -138,11 +168,16 @@ class SlurmProcess:
         return self.code
 
     def terminate(self) -> None:
+        self.told = True
         self.job.cancel(check=False)
-        self.job.watcher.clear()  # so that it is asked often again
 
     def kill(self) -> None:
         self.terminate()  # Slurm kills what does not end
+
+    def _over(self) -> bool:
+        if self.queue is None:
+            return bool(self.job.done())
+        return self.queue.lacks(self.job.job_id, URGENT if self.told else LOOK)
 
 
 def run_job(command: list[str], needs: list[str], threads: int, log: Path, ended: Path) -> None:

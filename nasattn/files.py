@@ -59,6 +59,16 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"nothing can be written in {folder}: {error.strerror}") from None
 
 
+def check_file(path: Path) -> Path:
+    """Where a file of that name comes to lie: a link is followed. A UserError where none can be
+    written; its folder is made where it is not there."""
+    found = path.resolve()
+    if found.exists() and not found.is_file():
+        raise UserError(f"{path} is {'a folder' if found.is_dir() else 'no file'}; allowed: a file")
+    check_writable(found.parent)
+    return found
+
+
 @contextmanager
 def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A draft to be written, which then takes the file's place: the file is whole or as it was.

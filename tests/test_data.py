@@ -1,7 +1,8 @@
 """The data sets: what the pictures hold, who sees which of them, and what is refused."""
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -211,8 +212,11 @@ def test_the_digest_is_that_of_the_splits_lists(tmp_path: Path) -> None:
     assert folder(tmp_path / "two").facts == first
     whole = (home / "train/a/00.png").read_bytes()
     (home / "train/a/00.png").write_bytes(b"broken")
-    assert folder(home, bad=0.5).facts == first
+    broken = folder(home, bad=0.5).facts
+    assert broken["read"] != first["read"] and broken["readable"] == 23
+    assert {**broken, "read": first["read"], "readable": 24} == first
     (home / "train/a/00.png").write_bytes(whole)
+    assert folder(home).facts == first
     (home / "train/a/00.png").rename(home / "val/a/99.png")
     moved = folder(home).facts
     assert moved["files"] == 24 and moved["digest"] != first["digest"]
@@ -523,6 +527,53 @@ def test_a_long_check_is_remembered_until_a_file_changes(
     os.utime(root / "val/a/00.png", ns=(1, 1))
     folder(root, bad=0.5)
     assert sorted(decoded) == ["00.png", "01.png", "01.png"]
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "validation"), ("Train", "Val", "Test"), ("train", "valid", "test")]
+)
+def test_splits_of_other_names_are_not_taken_for_classes(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    fill(tmp_path, {f"{split}/{name}": 4 for split in names for name in "ab"})
+    with pytest.raises(UserError, match=r"look like splits .* names are train, val and test"):
+        folder(tmp_path, classes=len(names))
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    assert folder(fill(tmp_path, {"dev": 9, "test": 9})).facts["names"] == ["dev", "test"]
+
+
+def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
+    home = fill(tmp_path, {"a": 9, "b": 9})
+    (home / "a" / "loop").symlink_to("..")
+    with pytest.raises(UserError, match=r"a/loop is a link to a folder that it lies in"):
+        folder(home)
+    (home / "a" / "loop").unlink()
+    fill(tmp_path.with_name("far"), {"more": 3})
+    (home / "a" / "more").symlink_to(tmp_path.with_name("far") / "more")
+    assert folder(home).facts["files"] == 21
+
+
+def test_a_folder_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, listed = fill(tmp_path, SPLITS), Path.iterdir
+
+    def denied(path: Path) -> Iterator[Path]:
+        if path.name == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match=r"data.root: .*/train/b cannot be read: Permission denied"):
+        folder(home)
+
+
+def test_a_file_is_no_root(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("")
+    with pytest.raises(UserError, match=r"one is a file; allowed: a folder"):
+        folder(tmp_path / "one")
 
 
 def test_a_class_missing_in_val_is_noted(tmp_path: Path) -> None:

@@ -557,6 +557,45 @@ def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path
         searching(path)
 
 
+def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path) -> None:
+    """Left out, a split would be smaller: trials would be judged by other images."""
+    data = {"name": "image_folder", "root": str(photos), "bad": 0.1}
+    path = write(data=data, space=SPACE | {"classes": 2})
+    study = by_formula(path, 2)
+    whole = (photos / "0" / "0.png").read_bytes()
+    (photos / "0" / "0.png").write_bytes(whole[:60])
+    with pytest.raises(UserError, match=r"other images can be read .* \(160 then, 159 now\)"):
+        searching(path)
+    (photos / "0" / "0.png").write_bytes(whole)
+    images = study.facts["images"]
+    earlier = {k: v for k, v in images.items() if not k.startswith("read")}
+    study.optuna.set_user_attr(FACTS, study.facts | {"images": earlier})
+    assert searching(path).study.facts["images"] == images, "of an earlier version"
+
+
+def test_images_may_move(write: Write, photos: Path) -> None:
+    """The same splits of the same images: neither the study nor the backbone's weights mind."""
+
+    def at(root: Path) -> Path:
+        data = {"name": "image_folder", "root": str(root)}
+        return write(data=data, space=SPACE | {"classes": 2})
+
+    first = searching(at(photos))
+    marks = first.evaluator._data()
+    by_formula(at(photos), 2)
+    moved = photos.with_name("elsewhere")
+    photos.rename(moved)
+    later = searching(at(moved))
+    assert later.study.notes == [f"the images lie in {moved} now"]
+    assert later.study.facts["experiment"]["data"]["root"] == str(moved)
+    assert later.evaluator._data() == marks
+    assert len(by_formula(at(moved), 3).trials) == 3
+    (moved / "0" / "0.png").unlink()
+    moved.rename(photos)
+    with pytest.raises(UserError, match=r"data\.root: '.*elsewhere' -> "):
+        searching(at(photos))
+
+
 def test_images_that_change_while_the_backbone_is_trained_are_refused(
     write: Write, photos: Path
 ) -> None:

@@ -25,6 +25,7 @@ from nasattn.architecture import Architecture, Placement
 from nasattn.blocks import BLOCKS
 from nasattn.config import CuedDigits, Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
+from nasattn.data.cued_digits import Composed
 from nasattn.errors import Stopped, TrialFailed
 from nasattn.evaluate import checkpoint, device
 from nasattn.evaluate.candidate import Evaluator, Weights
@@ -458,10 +459,16 @@ def test_it_goes_on_from_the_last_epoch(data: Data, half: Half) -> None:
 
 
 def test_a_backbone_that_has_not_learned_is_told(data: Data, tmp_path: Path) -> None:
-    """64 images of 10 classes: .1 by chance, with a standard error of .0375."""
+    """64 images of 10 classes, 7 of the most frequent: .109 by chance, standard error .039."""
     made = evaluator(data, tmp_path)
-    assert made._how_well(0.18) == "the plain backbone is trained: accuracy 0.1800"
-    assert "no more than chance (0.1000)" in made._how_well(0.17)
+    assert made._how_well(0.19) == "the plain backbone is trained: accuracy 0.1900"
+    assert "no more than chance (0.1094 by the most frequent class" in made._how_well(0.18)
+
+
+def test_chance_is_that_of_the_most_frequent_class(data: Data, tmp_path: Path) -> None:
+    rare = Composed(torch.zeros(30, 1, 32, 64), torch.tensor([0] * 28 + [1] * 2))
+    made = evaluator(replace(data, val=rare), tmp_path)
+    assert "no more than chance (0.9333" in made._how_well(0.9333)
 
 
 def test_every_flipped_bit_is_noticed(half: Half, tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ SplitName = Literal["train", "val", "test"]
 
 
 class Split(Protocol):
-    """The images of one split, composed or read a batch at a time."""
+    """The images of one split, composed or read a batch at a time. labels: int64 (N,)."""
+
+    @property
+    def labels(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
@@ -58,7 +61,7 @@ class Data:
     """What networks are trained and judged on. `input` is (C, H, W) of an image, `loaders` the
     number of worker processes that read, `notes` what the user should be told, such as files that
     were skipped. `facts`: what a study keeps of images that lie elsewhere and may change: how many
-    there are, a digest of their splits' lists, the names of the classes."""
+    there are and can be read, a digest of the splits' lists of either, the names of the classes."""
 
     classes: int
     input: Shape

@@ -38,6 +38,8 @@ from nasattn.errors import Stopped, TrialFailed, UserError, suggest
 Files = list[tuple[Path, int]]
 Box = tuple[float, float, float, float]
 
+# What others call the splits; two folders of these names with folders in them are hardly classes.
+SPLITS = frozenset("train training val valid validation dev eval test testing".split())
 EXTENSIONS = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
@@ -92,20 +94,21 @@ class Images:
 def load(config: ImageFolder, input: Shape, classes: int) -> Data:
     """See nasattn.data.load."""
     mean, std = _checked_normalisation(config, input)
-    folders = _folders(config.root)
-    names = _names(folders, classes)
     notes: list[str] = []
     passed_over: Counter[str] = Counter()
-    files = {part: _list(folder, names, passed_over) for part, folder in folders.items()}
+    try:
+        folders = _folders(config.root)
+        names = _names(folders, classes)
+        files = {part: _list(folder, names, passed_over) for part, folder in folders.items()}
+    except OSError as error:
+        raise UserError(f"data.root: {error.filename} cannot be read: {error.strerror}") from None
     if passed_over:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
         notes.append(f"{passed_over.total()} files are no images of a class: {kinds}")
     splits = _split(files, config, notes)
     faults = _faults([path for part in splits.values() for path, _ in part], config.root)
     notes += _report(faults, config)
-    # With those that cannot be read: to mend one moves no other.
-    lists = [(n, f.relative_to(config.root).as_posix(), y) for n in splits for f, y in splits[n]]
-    digest = hashlib.sha256(json.dumps(sorted(lists)).encode()).hexdigest()[:16]
+    listed = _digest(splits, config.root)
     splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
     notes += _check_cover(splits, names, config.root)
     train, val, test = (
@@ -127,8 +130,20 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         test=test,
         notes=notes,
         loaders=config.loaders,
-        facts={"files": len(lists), "digest": digest, "names": names},
+        facts={
+            "files": len(faults),
+            "digest": listed,
+            "readable": sum(map(len, splits.values())),
+            "read": _digest(splits, config.root),
+            "names": names,
+        },
     )
+
+
+def _digest(splits: Mapping[str, Files], root: Path) -> str:
+    """Of each split's files, by their places in the root, and their classes."""
+    lists = [(name, f.relative_to(root).as_posix(), y) for name in splits for f, y in splits[name]]
+    return hashlib.sha256(json.dumps(sorted(lists)).encode()).hexdigest()[:16]
 
 
 def decode(path: Path, channels: int) -> Image.Image:
@@ -232,6 +247,8 @@ def _inside(folder: Path) -> list[Path]:
 
 def _folders(root: Path) -> dict[str, Path]:
     """Split -> its folder; {"all": root} where the class folders lie in the root itself."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"data.root: {root} is a file; allowed: a folder")
     if not root.is_dir():
         near = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"data.root: there is no folder {root}{suggest(root.name, near)}")
@@ -243,6 +260,17 @@ def _folders(root: Path) -> dict[str, Path]:
         raise UserError(
             f"data.root: {root} has train/ but no val/; add val/ (and test/) with the same class "
             "folders, or put the class folders into the root itself, to have them split by the seed"
+        )
+    like = [
+        path.name
+        for path in _inside(root)
+        if path.name.lower() in SPLITS and path.is_dir() and any(p.is_dir() for p in _inside(path))
+    ]
+    if len(like) > 1:
+        raise UserError(
+            f"data.root: {root} has {', '.join(like)}, which look like splits that hold the class "
+            "folders; the splits' names are train, val and test: rename them, or make links of "
+            "these names"
         )
     return {"all": root}
 
@@ -267,11 +295,18 @@ def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
     return names
 
 
-def _visible(folder: Path) -> list[Path]:
-    """Files in a folder and all folders in it, sorted, without what is hidden."""
+def _visible(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    """Files in a folder and all folders in it, sorted, without what is hidden. above: the folders
+    that it lies in, to which no link in it may lead back."""
+    above |= {folder.resolve()}
     found: list[Path] = []
     for path in _inside(folder):
-        found += _visible(path) if path.is_dir() else [path]
+        if not path.is_dir():
+            found.append(path)
+        elif path.resolve() in above:
+            raise UserError(f"data.root: {path} is a link to a folder that it lies in: remove it")
+        else:
+            found += _visible(path, above)
     return found
 
 
@@ -391,8 +426,8 @@ def _check_cover(splits: Mapping[str, Files], names: Sequence[str], root: Path) 
         if absent and part == "train":
             raise UserError(
                 f"data.root: {root} leaves no image to train on for the class {shown}; add images "
-                "(at least 3 where the splits are drawn by the seed), or delete the folder and "
-                "lower classes in the space"
+                "(of few, the splits that are drawn by the seed may take all), or delete the "
+                "folder and lower classes in the space"
             )
         if not files:
             raise UserError(f"data.root: {root} has no image for the split {part}")

@@ -25,7 +25,7 @@ Facts = Mapping[str, Any]  # as a study stores them: `experiment`, `choices`, an
 
 # The keys of an experiment that may be edited within a study, if nothing is taken away by it.
 GROWING = ("space.sites: ", "space.blocks", "space.max_blocks: ")
-NAMED = 6  # losses that a message names
+NAMED = 6  # of many, that a message names
 
 
 def losses(old: Facts, new: Facts) -> list[str]:
@@ -42,9 +42,10 @@ def losses(old: Facts, new: Facts) -> list[str]:
     return lost
 
 
-def told(lost: Sequence[str]) -> str:
-    more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-    return ", ".join(lost[:NAMED]) + more
+def told(names: Sequence[str]) -> str:
+    """The first of many."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def gains(old: Facts, new: Facts) -> str:

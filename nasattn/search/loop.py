@@ -21,8 +21,9 @@ from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration, placed
+from nasattn.search.growth import told
 from nasattn.search.lease import BACKBONE, Leases
-from nasattn.search.opening import FREE, open_study
+from nasattn.search.opening import FREE, open_study, same_images
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
@@ -116,8 +117,7 @@ class Search:
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
             raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
-        images = facts.get("images") or {}
-        other = bool(images) and images["digest"] != self.data.facts.get("digest")
+        other = not same_images(facts.get("images") or {}, self.data.facts)
         if other or self.study.edits(self.experiment, FREE):
             raise UserError(f"the study '{self.study.name}' was edited just now: run this again")
         experiment = dict(facts["experiment"])
@@ -139,6 +139,11 @@ class Search:
         done, count = finished(trials), self.candidates.count()
         for text in (*self.study.notes, *self.data.notes):
             note(text)
+        if names := self.data.facts.get("names"):
+            sizes = (
+                f"{len(getattr(self.data, part)):,} {part}" for part in ("train", "val", "test")
+            )
+            note(f"images: {', '.join(sizes)}; classes: {told(names)}")
         if space.dropped:
             lines = {f"{spec} @ {site}: {why}" for site, spec, why in space.dropped}
             note(f"{len(lines)} placements cannot stand and are left out:")

@@ -19,6 +19,7 @@ from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
 from nasattn.search.study import FACTS, RUN, Study
 
 ANOTHER = "give the experiment another `study:` name, or use --new-study"
+MIXED = "they would fall into other splits, so that some were trained on that are to judge, and "
 # What may change between two runs of one study.
 FREE = (*RUN, "artifacts", "final", "final.seeds", "final.test")
 
@@ -124,48 +125,60 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
     """
     old, edits = study.facts, study.edits(experiment, FREE)
     then, now = old.get("images") or {}, facts.get("images") or {}  # of old versions none
-    moved = bool(then) and then.get("digest") != now.get("digest")
+    changed = not same_images(then, now)
+    known = bool(then) and not changed  # wherever they lie
+    root = [line for line in edits if line.startswith("data.root: ")] if known else []
 
     def take(new: Mapping[str, Any]) -> None:
         grow(study.engine, study.optuna._study_id, FACTS, old, new)
         study.refresh()
 
-    space = experiment.as_dict()["space"]
-    new = {**old, **facts, "experiment": old["experiment"] | {"space": space}}
+    given = experiment.as_dict()
+    more = {"space": given["space"]} | ({"data": given["data"]} if root else {})
+    new = {**old, **facts, "experiment": old["experiment"] | more}
     lost = losses(old, new)
-    if (edits or lost or moved) and _begins(study, edits, lost):
+    if (edits or lost or changed) and _begins(study, edits, lost):
         study.forget()
-        kept = experiment.as_dict() | {"storage": old["experiment"]["storage"]}
+        kept = given | {"storage": old["experiment"]["storage"]}
         take({**new, "experiment": kept})
         return ""
-    if lost or not all(line.startswith(GROWING) for line in edits):
+    if lost or not all(line.startswith(GROWING) or line in root for line in edits):
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
             + "".join(f"  {line}\n" for line in edits)
             + (f"The study's space had what is gone: {told(lost)}.\n" if lost else "")
             + f"Undo the edits to go on with it, or start another study: {ANOTHER}."
         )
-    if moved:
+    if changed:
+        what, why, key = "the images have changed", MIXED, "files"
+        if then.get("digest") == now.get("digest"):
+            what, why, key = "other images can be read", "", "readable"
         raise UserError(
-            f"data.root: the images have changed since the study '{study.name}' began "
-            f"({then['files']:,} then, {now['files']:,} now): they would fall into other splits, "
-            "so that new trials were judged by other images than old ones, and by some that were "
-            "trained on. Put them back to go on with it, or start another study: "
-            f"{ANOTHER}."
+            f"data.root: {what} since the study '{study.name}' began ({then[key]:,} then, "
+            f"{now.get(key, 0):,} now): {why}new trials would be judged by other images than old "
+            f"ones. Put them back to go on with it, or start another study: {ANOTHER}."
         )
     if not edits and new["choices"] == old["choices"]:
-        if now and not then:
+        if now.keys() - then.keys():
             with suppress(UserError):  # another process was quicker
                 take({**old, "images": now})
         return ""
+    news = gains(old, new) or ("" if root else "reordered")
+    said = [f"the space has grown ({news}): all trials stay"] if news else []
+    said += [f"the images lie in {given['data']['root']} now"] if root else []
     if busy := at_work(study.engine, study.name):
         who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
         raise UserError(
-            f"the space of '{study.name}' has grown, which is taken up when nobody works on the "
-            f"study; now it is searched by {who}: stop that, then run this again"
+            f"{'; '.join(said)}. That is taken up when nobody works on '{study.name}'; now it is "
+            f"searched by {who}: stop that, then run this again"
         )
     take(new)
-    return f"the space has grown ({gains(old, new) or 'reordered'}): all trials stay"
+    return "; ".join(said)
+
+
+def same_images(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether images are those that a study knows, as far as it does."""
+    return all(now.get(key) == then[key] for key in ("digest", "read") if key in then)
 
 
 def _begins(study: Study, edits: Sequence[str], lost: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import FakeStudy
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
@@ -219,3 +221,37 @@ def test_the_command_line_says_it_in_one_line(
     assert printed.out == ""
     assert printed.err.startswith("nasattn: the database postgresql+psycopg://nasattn:***@")
     assert printed.err.count("\n") == 1
+
+
+def test_where_nothing_can_be_written_a_study_is_read(
+    fake_study: FakeStudy, tmp_path: Path
+) -> None:
+    """A snapshot, or a colleague's folder. Root may write anywhere, unless that is given up."""
+    study = fake_study(6)
+    home = tmp_path / "snap %shot#1"
+    study.database.engine.dispose()
+    shutil.copytree(study.folder.parent, home)
+    plain = os.geteuid() != 0
+    given_up = [] if plain else ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"]
+    if given_up and not shutil.which("setpriv"):
+        pytest.skip("root, and no setpriv to give up its rights")
+
+    def said(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+        call = [*given_up, sys.executable, "-m", "nasattn", *command, "--study", "fake"]
+        call += ["--storage", f"sqlite:///{folder}/fake.db"]
+        return subprocess.run(call, capture_output=True, text=True)
+
+    folders = [home, *(path for path in home.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        for command in (["pareto", "--json"], ["status"]):
+            found, expected = said(home, *command), said(study.folder.parent, *command)
+            assert found.returncode == expected.returncode == 0, found.stderr
+            assert found.stdout == expected.stdout
+        refused = said(home, "resume", "--trials", "9")
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert not list(home.glob("*-wal"))

@@ -1,10 +1,14 @@
 """A study's database: its URL, how it is reached, and what several processes create at once."""
 
+import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -63,13 +67,19 @@ def connect(storage: str) -> RDBStorage:
 def _opened(storage: str) -> RDBStorage:
     kind = make_url(storage).get_backend_name()
     if kind == "sqlite":
-        database = Database(storage, engine_kwargs={"connect_args": {"timeout": BUSY}})
-        event.listen(database.engine, "connect", _write_ahead)
-        database.engine.dispose()
+        path = Path(str(make_url(storage).database))
+        options: dict[str, Any] = {"connect_args": {"timeout": BUSY}}
+        to_read = path.exists() and not os.access(path.parent, os.W_OK)
+        if to_read:
+            options = {"creator": partial(_to_read, path)}
+        database = Database(storage, engine_kwargs=options)
+        if not to_read:
+            event.listen(database.engine, "connect", _write_ahead)
+            database.engine.dispose()
         database.get_all_studies()
-        _miss_file(database.engine)
+        _miss_file(database.engine, path)
         return database
-    options: dict[str, Any] = {}
+    options = {}
     if kind == "postgresql":
         # A network that swallows packets is noticed after about as long, not after a quarter of
         # an hour.
@@ -83,6 +93,14 @@ def _opened(storage: str) -> RDBStorage:
     return database
 
 
+def _to_read(path: Path) -> sqlite3.Connection:
+    """A connection to a file in whose folder nothing can be written, such as a snapshot's: sqlite
+    would make files beside it. Where none is there nobody writes, so that it cannot change."""
+    settled = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    uri = f"file:{quote(str(path))}?mode=ro{settled}"
+    return sqlite3.connect(uri, uri=True, timeout=BUSY, check_same_thread=False)
+
+
 def _half_created(error: BaseException) -> bool:
     """Whether another process is creating the same tables: Optuna looks, then creates."""
     return isinstance(error, IntegrityError) or "already exists" in str(error)
@@ -93,11 +111,10 @@ def _write_ahead(connection: Any, record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _miss_file(engine: Engine) -> None:
+def _miss_file(engine: Engine, path: Path) -> None:
     """Notice when the file of a sqlite database was removed or replaced: the system would let its
     connections write on, into what nobody can open any more. Nor is a new one opened then: sqlite
     would make an empty file, and throw away the log that belongs to the other."""
-    path = Path(str(engine.url.database))
 
     def known() -> tuple[int, int] | None:
         try:

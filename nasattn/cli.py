@@ -271,6 +271,10 @@ def cost(
     from nasattn.quote import parse_shape, quote
 
     found = quote(target, parse_shape(shape))
+    if by_site and not found.get("by_block", found["by_site"]):
+        raise UserError(
+            f"--by-site: of {target}, which is no architecture, only the whole is known"
+        )
     if as_json:
         _json(found)
         return

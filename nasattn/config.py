@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -35,12 +36,22 @@ from nasattn.errors import UserError, suggest
 from nasattn.space_file import SpaceFile
 
 Rate = Annotated[Float, Field(gt=0)]
+Level = Annotated[Float, Field(ge=0, le=1)]
+Spread = Annotated[Float, Field(gt=0, le=1)]
 Metric = Literal["macs", "params", "latency_s", "peak_memory_bytes"]
 
 
 def _rebased(path: str, info: ValidationInfo) -> Path:
     """A path in a file is relative to that file (given as the validation context)."""
-    return Path(info.context or ".", path).resolve()
+    return _located(path, info.context or ".")
+
+
+def _located(path: str, folder: str | Path) -> Path:
+    """A path as a shell would take it, `~` and `$NAME`, relative to a folder."""
+    found = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{.*?\})", found):
+        raise ValueError(f"got '{path}': the environment has no {unset[0]}")
+    return Path(folder, found).resolve()
 
 
 class Limit(Strict):
@@ -106,8 +117,8 @@ class ImageFolder(Strict):
     name: Literal["image_folder"]
     root: Path
     size: Positive | None = None
-    mean: Annotated[tuple[Float, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
-    std: Annotated[tuple[Rate, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    mean: Annotated[tuple[Level, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    std: Annotated[tuple[Spread, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
     augment: Literal["none", "crop_flip", "crop_flip_color"] = "crop_flip"
     val: Annotated[Float, Field(gt=0, lt=1)] = 0.15
     test: Annotated[Float, Field(gt=0, lt=1)] = 0.15
@@ -409,7 +420,7 @@ def storage_url(url: str, folder: str | Path = ".") -> str:
     if scheme in ("postgresql", "postgres"):
         return f"postgresql+psycopg://{rest}"
     if sqlite and rest.strip("/") not in ("", ":memory:") and not rest.startswith("//"):
-        return f"{scheme}:///{Path(folder, rest[1:]).resolve()}"
+        return f"{scheme}:///{_located(rest[1:], folder)}"
     return url
 
 
@@ -422,7 +433,7 @@ def artifacts_url(url: str, folder: str | Path = ".") -> str:
             f"got '{url}'; allowed: a folder, s3://bucket/prefix or gs://bucket/prefix"
             + (suggest(scheme[0], ("s3", "gs")) if scheme and scheme[0] not in ("s3", "gs") else "")
         )
-    return url.rstrip("/") if bucket else str(Path(folder, url).resolve())
+    return url.rstrip("/") if bucket else str(_located(url, folder))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

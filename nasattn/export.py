@@ -208,6 +208,7 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         classes=architecture.classes,
         shape=", ".join(map(str, architecture.input)),
         prepared=_prepared(study, architecture.input),
+        latency=_latency(study, trial),
         final=_final(study, trial),
         data=dump_yaml(data, flow=True, width=96).strip(),
         parity=parity,
@@ -234,6 +235,15 @@ def _prepared(study: Study, shape: tuple[int, int, int]) -> str:
         mean=list(mean),
         std=list(std),
     ) + (f"\nThe classes, in the order of the logits:\n{known}\n" if known else "")
+
+
+def _latency(study: Study, trial: Trial) -> str:
+    """Where the latency is that of."""
+    if "latency_s" not in trial.cost.values or not study.config.latency:
+        return ""
+    context = study.config.latency["context"]
+    place = ", ".join(f"{key} {context[key]}" for key in ("runtime", "chip", "threads", "date"))
+    return f"`latency_s` is in seconds, for one image, by a table of measurements ({place}).\n"
 
 
 def _final(study: Study, trial: Trial) -> str:
@@ -294,7 +304,7 @@ The accuracy is that of the validation split, which also chose this network amon
 it is a little flattered. Evaluator: {evaluator}; ± is one standard deviation over the seeds; the
 weights are the first seed's. `macs` are multiply-adds of one image, norms and activations not
 counted.
-{final}
+{latency}{final}
 ## Load it in Python
 
 ```python

@@ -1,6 +1,7 @@
 """What `nasattn cost` says of a network or an experiment. Nothing is trained."""
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,12 +64,21 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"{path}: there is no function '{name}'{suggest(name, dir(module))}")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UserError(f"{path}: it is called without arguments; {error}") from None
     network = found()
     if not isinstance(network, nn.Module):
         raise UserError(f"{path}: expected an nn.Module; got {type(network).__name__}")
     try:
         cost = measure(network, input_shape)
     except RuntimeError as error:
+        if "meta tensor" in str(error):
+            raise UserError(
+                f"{path}: its forward looks at values, so that it cannot be counted without being "
+                f"run: {error}"
+            ) from None
         shape = list(input_shape or (3, 224, 224))
         raise UserError(
             f"{path}: does not run on the input {shape} (--shape sets another): {error}"

@@ -671,6 +671,30 @@ def test_round_trip(folder: Path) -> None:
         assert differences(stored, again.as_dict()) == []
 
 
+def test_paths_are_taken_as_a_shell_takes_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    found = Experiment.from_dict(
+        WHOLE
+        | {"storage": "sqlite:///~/x.db", "artifacts": "$SCRATCH/store"}
+        | {"data": {"name": "image_folder", "root": "${SCRATCH}/photos"}}
+    )
+    assert found.storage == "sqlite:////home/me/x.db" and found.artifacts == "/scratch/store"
+    assert found.data.root == Path("/scratch/photos")  # type: ignore[union-attr]
+    assert Experiment.from_dict(found.as_dict()) == found
+    with pytest.raises(UserError, match=r"storage: .*the environment has no \$NOWHERE"):
+        Experiment.from_dict(WHOLE | {"storage": "sqlite:///$NOWHERE/x.db"})
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_normalisation_is_of_pixels_up_to_one(key: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key}.*got 123"):
+        Experiment.from_dict(WHOLE | {"data": WHOLE["data"] | {key: [123]}})
+
+
 def test_differences(folder: Path) -> None:
     old = Experiment.load(folder / "e.yaml").as_dict()
     new = copy.deepcopy(old)

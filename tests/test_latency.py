@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from nasattn import load_study
 from nasattn.blocks import BLOCKS
 from nasattn.cli import app
+from nasattn.config import Experiment
 from nasattn.cost import count
 from nasattn.cost.calibration import Calibration, Network, calibrate
 from nasattn.cost.latency import (
@@ -42,6 +43,7 @@ from nasattn.cost.memory import inference_peak
 from nasattn.cost.profile import profile, read_space, subjects
 from nasattn.document import check, load_yaml
 from nasattn.errors import UserError
+from nasattn.export import _latency
 from nasattn.model import build
 from nasattn.skeleton import LEFT_OUT
 from nasattn.space import SearchSpace
@@ -754,3 +756,16 @@ def test_a_search_keeps_a_budget_of_latency_and_memory(tmp_path: Path) -> None:
         assert {m: row.constraints[m] for m in limits} == pytest.approx(excesses)
         assert row.system_attrs["constraints"] == pytest.approx(list(excesses.values()))
         assert all(excess <= 0 for excess in excesses.values())
+    assert "in seconds, for one image, by a table of measurements (runtime torch, " in _latency(
+        study, study.trials[0]
+    )
+
+    again = yaml.safe_load((tmp_path / "here.yaml").read_text())
+    again["context"]["date"] = "2031-01-01"
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(again))
+    (line,) = study.edits(Experiment.load(path), ())
+    assert line == f"latency: another table: of {table.context['date']} -> of 2031-01-01"
+    again["plain"]["seconds"] = -1
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(again))
+    with pytest.raises(UserError, match=r"plain\.seconds: got -1; should be greater than 0"):
+        LatencyTable.load(tmp_path / "here.yaml")

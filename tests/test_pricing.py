@@ -4,10 +4,14 @@ import random
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from nasattn import Architecture, SearchSpace, measure
+from nasattn.cli import app
 from nasattn.config import Experiment
 from nasattn.cost.memory import inference_peak
+from nasattn.errors import UserError
 from nasattn.model import build
 from nasattn.pricing import Candidates, Pricing
 from nasattn.quote import quote
@@ -141,3 +145,23 @@ def test_the_quote_of_an_experiment_and_of_a_module() -> None:
         assert single["cost"] == {m: whole[m] - plain[m] for m in whole}
         assert single["fits"] == (whole["macs"] <= 1.25 * plain["macs"])
     assert quote("torch.nn:Identity", (3, 8, 8))["cost"] == {"macs": 0, "params": 0}
+
+
+class Looking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.mean() > 0 else -x
+
+
+def wanting(width: int) -> nn.Module:
+    return nn.Identity()
+
+
+def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
+    for name, said in {
+        "Looking": "its forward looks at values, so that it cannot be counted without being run",
+        "wanting": "it is called without arguments; missing a required argument: 'width'",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            quote(f"{__name__}:{name}", (3, 8, 8))
+    done = CliRunner().invoke(app, ["cost", "torch.nn:Identity", "--by-site"])
+    assert isinstance(done.exception, UserError) and "--by-site" in str(done.exception)

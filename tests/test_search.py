@@ -557,6 +557,15 @@ def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path
         searching(path)
 
 
+def test_batches_of_one_are_refused_where_a_norm_sees_one_value(write: Write) -> None:
+    schedule = {"batch_size": 1, "warm_start": True}
+    assert searching(write(training=schedule))
+    rows = [[1, 16, 1, 4], [1, 16, 1, 4], [1, 16, 1, 4]]
+    deep = SPACE | {"backbone": {"name": "mobilenet_v2", "width": 0.25, "rows": rows}}
+    with pytest.raises(UserError, match=r"training\.batch_size: got 1; allowed: from 2: Expected"):
+        searching(write("two", training=schedule, space=deep))
+
+
 def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path) -> None:
     """Left out, a split would be smaller: trials would be judged by other images."""
     data = {"name": "image_folder", "root": str(photos), "bad": 0.1}

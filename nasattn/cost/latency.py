@@ -29,11 +29,12 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import nn
 
 from nasattn.document import Strict
@@ -58,7 +59,7 @@ class Latency(Strict):
     estimates of the odd and the even rounds differ.
     """
 
-    seconds: float
+    seconds: Annotated[float, Field(gt=0)]
     median: float
     p25: float
     iqr: float

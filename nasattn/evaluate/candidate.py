@@ -16,6 +16,7 @@ from torch import Tensor
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
+from nasattn.errors import UserError
 from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import Checkpoints
 from nasattn.evaluate.device import check
@@ -289,6 +290,18 @@ def weights_of(network: torch.nn.Module) -> Weights:
     }
 
 
+def check_single(experiment: Experiment, architecture: Architecture) -> None:
+    """A UserError where batches are of one image and a BatchNorm of the network sees one value a
+    channel then, of which there is no variance."""
+    for name in ("training", "pretrain"):
+        if getattr(experiment, name).batch_size == 1:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                try:
+                    build(architecture).train()(torch.zeros(1, *architecture.input))
+                except ValueError as error:
+                    raise UserError(f"{name}.batch_size: got 1; allowed: from 2: {error}") from None
+
+
 def train_architecture(
     architecture: Architecture,
     experiment: Experiment,
@@ -301,6 +314,7 @@ def train_architecture(
     """Train one architecture from scratch by the experiment's full schedule (`pretrain`), write its
     weights to `out` and return its figures. on_test: score the test split too."""
     place = check_file(out)
+    check_single(experiment, architecture)
     load_training(experiment.trainer)
     data = load(experiment.data, architecture.input, architecture.classes)
     schedule = experiment.pretrain.model_copy(update={"epochs": epochs} if epochs else {})

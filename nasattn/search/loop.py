@@ -15,7 +15,7 @@ from nasattn.config import Experiment
 from nasattn.data import Data, load
 from nasattn.errors import Stopped, TrialFailed, UserError
 from nasattn.evaluate import on_cuda
-from nasattn.evaluate.candidate import Evaluator, Weights, store
+from nasattn.evaluate.candidate import Evaluator, Weights, check_single, store
 from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial, counted
@@ -67,6 +67,7 @@ class Search:
         self.candidates.refuse_empty()
         self.data: Data = load(experiment.data, experiment.space.input, experiment.space.classes)
         self.data.loader("train", experiment.training.batch_size, 0)
+        check_single(experiment, self.space.baseline())
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts, found)
         facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}

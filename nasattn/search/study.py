@@ -215,7 +215,13 @@ class Study:
         """What the experiment has otherwise than the study, but for the keys in `free`."""
         if experiment.search.stopping == self.config.search.stopping == "none":
             free = (*free, "search.eta")  # it says nothing there, and its default was another once
-        lines = differences(self.config.as_dict(), experiment.as_dict())
+        old, new = self.config.as_dict(), experiment.as_dict()
+        tables = [d.pop("latency", None) for d in (old, new)]
+        lines = differences(old, new)
+        if tables[0] != tables[1]:
+            dates = [(table or {}).get("context", {}).get("date") for table in tables]
+            were = (f"of {date}" if date else "nothing" for date in dates)
+            lines.append("latency: another table: " + " -> ".join(were))
         return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 
     def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:

@@ -110,6 +110,7 @@ def test_the_network_is_left_as_it_is() -> None:
 def test_shapes_metrics_and_context() -> None:
     network = nn.Conv2d(3, 2, 1)
     assert measure(network).values["macs"] == 6 * 224 * 224
+    assert measure(network, [3, 2, 2], metrics="macs").values.keys() == {"macs"}
     cost = measure(network, [3, 2, 2], metrics=["params"])
     assert cost.values == {"params": 8}
     assert cost.context["input"] == [1, 3, 2, 2]

@@ -700,6 +700,8 @@ def test_real_trainings_touch_the_test_split_once_each(
     study = Search(Experiment.load(path), Display(Console(quiet=True))).run(2)
     final = study.final()
     assert final is not None and final["failed"] == 0
+    kept = [remark.split(": ")[:2] for remark in study.remarks() if remark.startswith("final")]
+    assert kept == [[f"final, seed {seed}", "the plain backbone is trained"] for seed in range(2)]
     assert asked.count("test") == final["evaluations"] == 2 * len(final["rows"])
     backbones = [load_file(p) for p in sorted(study.folder.glob("final/*/backbone.safetensors"))]
     assert len(backbones) == 2

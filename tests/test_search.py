@@ -428,6 +428,11 @@ def test_lost_weights_are_trained_again_to_the_same_bits(write: Write) -> None:
     after = weights_of_trial(study, best, Display(Console(quiet=True)))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+    display, said = Display(Console(quiet=True)), list[str]()
+    display.note = said.append  # type: ignore[method-assign]
+    again = weights_of_trial(study, best, display)
+    assert all(torch.equal(before[k], again[k]) for k in before)
+    assert said == [], "they are kept again"
 
 
 def test_without_a_warm_start_every_candidate_starts_from_scratch(write: Write) -> None:
@@ -691,6 +696,13 @@ def test_what_made_the_baseline_fail_can_be_mended(write: Write) -> None:
         with pytest.raises(UserError, match=rf"{next(iter(fixed))}\."):
             searching(write(training=training, **fixed))
     mended = write(training={"epochs": 2, "lr": 1e-3, "warm_start": False})
+    failed = load_study(f"sqlite:///{path.parent}/runs/tiny.db", "tiny")
+    site, specs = next(iter(failed.facts["choices"].items()))
+    more = failed.facts["choices"] | {site: [*specs, "gcnet(ratio=0.125)"]}
+    failed.optuna.set_user_attr(FACTS, failed.facts | {"choices": more})
+    with pytest.raises(UserError, match=r"space had what is gone: gcnet\(ratio=0\.125\) @ "):
+        searching(mended)
+    failed.optuna.set_user_attr(FACTS, failed.facts)
     study = by_formula(mended, 3)
     assert study.config.training.lr == 1e-3 and [t.state for t in study.trials] == ["scored"] * 3
     assert not study.trials[0].reason

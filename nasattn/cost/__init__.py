@@ -19,13 +19,14 @@ __all__ = ["CONVENTION", "CostTable", "count", "excess", "measure"]
 def measure(
     network: Architecture | nn.Module,
     input_shape: Sequence[int] | None = None,
-    metrics: Sequence[str] = ("macs", "params"),
+    metrics: str | Sequence[str] = ("macs", "params"),
 ) -> Cost:
     """Cost of an architecture or of any module, counted on the meta device: nothing is computed.
 
     input_shape: (N, C, H, W), or (C, H, W) for one image; None is the architecture's own input and
     1x3x224x224 for a module. metrics: of `macs`, `params`. The module given is left as it is.
     """
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
     for metric in metrics:
         lookup(COUNTERS, metric, "metric")
     if isinstance(network, Architecture):

@@ -4,6 +4,7 @@ import json
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -266,11 +267,17 @@ class Search:
                 return None
             score, weights = self.evaluator(architecture, self._tick, checkpoints=files, rung=rung)
         assert score is not None
-        facts = {"key": architecture.key, "of": job.token, "score": json.dumps(score.as_dict())}
         if weights:
-            store(weights_file(self.study, number), weights, facts)
-            self.study.files.publish(weights_file(self.study, number), must=True)
+            self._keep(job.trial, job.token, score, weights, must=True)
         return score
+
+    def _keep(
+        self, trial: Trial, token: str, score: Score, weights: Weights, *, must: bool
+    ) -> None:
+        path = weights_file(self.study, trial.number)
+        more = {"of": token, "score": json.dumps(score.as_dict())}
+        store(path, weights, {"key": trial.architecture.key, **more})
+        self.study.files.publish(path, must=must)
 
     def _kept_score(self, job: Job) -> Score | None:
         """The score of a training that had ended when the database or the process went away: it
@@ -326,7 +333,7 @@ class Search:
         self.leases.doing |= {"share": round(share, 3), "accuracy": accuracy}
 
     def train_again(self, trial: Trial) -> Weights:
-        """A scored trial's weights, from the same seed."""
+        """A scored trial's weights, from the same seed; kept again where it does as well."""
         self.display.note(f"the weights of trial {trial.number} are gone: it is trained again")
         with self._leases() as self.leases, self.display:
             self._have_backbone()
@@ -337,6 +344,10 @@ class Search:
                 f"its accuracy is {again.accuracy:.4f} now and was {accuracy(trial):.4f}: "
                 "another machine or another version computes a little differently"
             )
+            return weights
+        token = self.study.rows()[trial.number].user_attrs.get(TOKEN, "")
+        with suppress(OSError):  # they are at hand
+            self._keep(trial, token, again, weights, must=False)
         return weights
 
     def _publish(self, trials: list[Trial]) -> None:

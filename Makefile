@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 
-.PHONY: setup quickstart test lowest lint clean
+.PHONY: setup quickstart test lowest newer lint clean
 
 setup: .venv/ready
 
@@ -30,10 +30,21 @@ lowest:
 	.venv-lowest/bin/pip install --quiet -e '.[dev]' -c .venv-lowest/lowest.txt
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses auto -m "not slow"
 
+# The tests with a newer Python than that of .venv, in an environment of their own; CI runs them where
+# there is one.
+NEWER ?= python3.13
+newer: .venv-newer/ready
+	OMP_NUM_THREADS=1 .venv-newer/bin/python -m pytest --numprocesses auto -m "not slow"
+
+.venv-newer/ready: pyproject.toml
+	$(NEWER) -m venv .venv-newer
+	.venv-newer/bin/pip install --quiet -e '.[dev]'
+	@touch $@
+
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .venv-lowest experiments/*/runs
+	rm -rf .venv .venv-lowest .venv-newer experiments/*/runs

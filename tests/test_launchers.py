@@ -351,13 +351,14 @@ def test_of_what_slurm_does_not_tell_nothing_is_concluded(
 
     queue = Queue()
     answers("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    assert not queue.lacks("7", 0.0)
-    answers("echo 7; echo 9")
-    assert not queue.lacks("7", 0.0) and queue.lacks("8", 60.0)
-    answers("echo 9")
-    assert not queue.lacks("7", 60.0), "not asked again so soon"
+    assert queue.state("7", 0.0) == ""
+    answers("echo '7 RUNNING None'; echo '9 PENDING Resources'")
+    assert queue.state("7", 0.0) == "RUNNING None"
+    assert (queue.state("9", 60.0), queue.state("8", 60.0)) == ("PENDING Resources", None)
+    answers("echo '9 RUNNING None'")
+    assert queue.state("7", 60.0), "not asked again so soon"
     queue.forget()
-    assert queue.lacks("7", 60.0)
+    assert queue.state("7", 60.0) is None
     assert len(asked.read_text().split()) == 3
 
 

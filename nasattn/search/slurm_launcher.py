@@ -105,7 +105,7 @@ class Slurm:
         self.note(f"worker {index} is job {job.job_id}")
         self.queue.forget()
         local = self.options["cluster"] == "local"
-        return SlurmProcess(job, ended, None if local else self.queue)
+        return SlurmProcess(job, ended, None if local else self.queue, self.note)
 
     def parameters(self) -> dict[str, Any]:
         """What submitit is asked for."""
@@ -127,35 +127,40 @@ class Slurm:
 
 
 class Queue:
-    """The jobs of this user that are not over. From squeue: sacct, which submitit asks, knows
-    nothing where a cluster keeps no accounts."""
+    """What Slurm says of this user's jobs that are not over. From squeue: sacct, which submitit
+    asks, knows nothing where a cluster keeps no accounts."""
 
     def __init__(self) -> None:
-        self.jobs: frozenset[str] = frozenset()
+        self.states: dict[str, str] = {}
         self.forget()
 
     def forget(self) -> None:
         """Of what was seen before nothing is concluded."""
         self.asked, self.answered = -math.inf, False
 
-    def lacks(self, job: str, within: float) -> bool:
-        """Whether a job is over, by an answer of at most so many seconds ago. One that Slurm does
-        not give (its controller is away for a while) says nothing."""
+    def state(self, job: str, within: float) -> str | None:
+        """A job's state and the reason for it, such as `PENDING Priority`, by an answer of at most
+        so many seconds ago; None when it is over. The empty string where Slurm gives none: its
+        controller is away for a while."""
         if time.monotonic() - self.asked >= within:
-            command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i"]
+            command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i %T %r"]
             done = subprocess.run(command, capture_output=True, text=True)
-            self.jobs, self.answered = frozenset(done.stdout.split()), done.returncode == 0
-            self.asked = time.monotonic()
-        return self.answered and job not in self.jobs
+            lines = (line.partition(" ") for line in done.stdout.splitlines())
+            self.states = {job: state for job, _, state in lines}
+            self.asked, self.answered = time.monotonic(), done.returncode == 0
+        return self.states.get(job) if self.answered else ""
 
 
 class SlurmProcess:
     """A job, seen from the search. It is over when it has left its exit code, or is in the queue no
     more. queue: None where submitit runs it on this machine."""
 
-    def __init__(self, job: Any, ended: Path, queue: Queue | None) -> None:
+    def __init__(
+        self, job: Any, ended: Path, queue: Queue | None, note: Callable[[str], None]
+    ) -> None:
         self.job, self.ended, self.where = job, ended, f"job {job.job_id}"
-        self.queue, self.told = queue, False
+        self.queue, self.note = queue, note
+        self.begun, self.told, self.waits = time.monotonic(), False, False
         self.code: int | None = None
 
     def poll(self) -> int | None:
@@ -177,7 +182,12 @@ class SlurmProcess:
     def _over(self) -> bool:
         if self.queue is None:
             return bool(self.job.done())
-        return self.queue.lacks(self.job.job_id, URGENT if self.told else LOOK)
+        state = self.queue.state(self.job.job_id, URGENT if self.told else LOOK)
+        late = time.monotonic() - self.begun > LOOK / 2  # most begin at once
+        if state and state.startswith("PENDING ") and late and not self.waits:
+            self.note(f"{self.where} waits in Slurm's queue: {state.removeprefix('PENDING ')}")
+            self.waits = True
+        return state is None
 
 
 def run_job(command: list[str], needs: list[str], threads: int, log: Path, ended: Path) -> None:

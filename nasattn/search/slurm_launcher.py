@@ -183,7 +183,7 @@ class SlurmProcess:
         if self.queue is None:
             return bool(self.job.done())
         state = self.queue.state(self.job.job_id, URGENT if self.told else LOOK)
-        late = time.monotonic() - self.begun > LOOK / 2  # most begin at once
+        late = self.queue.asked - self.begun > LOOK / 2  # most begin at once
         if state and state.startswith("PENDING ") and late and not self.waits:
             self.note(f"{self.where} waits in Slurm's queue: {state.removeprefix('PENDING ')}")
             self.waits = True

@@ -32,8 +32,19 @@ ExperimentFile = Annotated[
     Path | None,
     typer.Argument(metavar="[EXPERIMENT.yaml]", help="The experiment; or name the study itself."),
 ]
+
+
+def _at_home(url: str | None) -> str | None:
+    from nasattn.config import at_home
+
+    return None if url is None else at_home(url)
+
+
 Storage = Annotated[
-    str | None, typer.Option(help="Database URL, such as sqlite:///runs/nasattn.db.", metavar="URL")
+    str | None,
+    typer.Option(
+        help="Database URL, such as sqlite:///runs/nasattn.db.", metavar="URL", callback=_at_home
+    ),
 ]
 StudyName = Annotated[
     str | None, typer.Option("--study", help="The study's name in the database.", metavar="NAME")

@@ -36,22 +36,29 @@ from nasattn.errors import UserError, suggest
 from nasattn.space_file import SpaceFile
 
 Rate = Annotated[Float, Field(gt=0)]
-Level = Annotated[Float, Field(ge=0, le=1)]
-Spread = Annotated[Float, Field(gt=0, le=1)]
 Metric = Literal["macs", "params", "latency_s", "peak_memory_bytes"]
 
 
 def _rebased(path: str, info: ValidationInfo) -> Path:
     """A path in a file is relative to that file (given as the validation context)."""
-    return _located(path, info.context or ".")
+    return Path(info.context or ".", _expanded(path, info)).resolve()
 
 
-def _located(path: str, folder: str | Path) -> Path:
-    """A path as a shell would take it, `~` and `$NAME`, relative to a folder."""
-    found = os.path.expanduser(os.path.expandvars(path))
-    if unset := re.search(r"\$(\w+|\{.*?\})", found):
-        raise ValueError(f"got '{path}': the environment has no {unset[0]}")
-    return Path(folder, found).resolve()
+def _expanded(path: str, info: ValidationInfo) -> str:
+    """`~` and `$NAME` as a shell takes them; in files alone, as what is stored is whole. A server's
+    URL stays: its password may look so."""
+    if info.context is None or (":" in path and not path.startswith("sqlite")):
+        return path
+    for whole, name in re.findall(r"(\$\{?(\w+)\}?)", path):
+        if name not in os.environ:
+            raise ValueError(f"got '{path}': the environment has no {whole}")
+    return at_home(os.path.expandvars(path))
+
+
+def at_home(path: str) -> str:
+    """A path, or a sqlite URL of one, with `~` expanded: a shell leaves it alone in a URL."""
+    scheme, separator, rest = path.rpartition(":///")
+    return scheme + separator + os.path.expanduser(rest)
 
 
 class Limit(Strict):
@@ -117,8 +124,8 @@ class ImageFolder(Strict):
     name: Literal["image_folder"]
     root: Path
     size: Positive | None = None
-    mean: Annotated[tuple[Level, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
-    std: Annotated[tuple[Spread, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    mean: Annotated[tuple[Float, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    std: Annotated[tuple[Rate, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
     augment: Literal["none", "crop_flip", "crop_flip_color"] = "crop_flip"
     val: Annotated[Float, Field(gt=0, lt=1)] = 0.15
     test: Annotated[Float, Field(gt=0, lt=1)] = 0.15
@@ -303,12 +310,12 @@ class Experiment(Strict):
     @field_validator("storage")
     @classmethod
     def _storage(cls, url: str, info: ValidationInfo) -> str:
-        return storage_url(url, info.context or ".")
+        return storage_url(_expanded(url, info), info.context or ".")
 
     @field_validator("artifacts")
     @classmethod
     def _artifacts(cls, url: str | None, info: ValidationInfo) -> str | None:
-        return None if url is None else artifacts_url(url, info.context or ".")
+        return None if url is None else artifacts_url(_expanded(url, info), info.context or ".")
 
     @field_validator("space", mode="before")
     @classmethod
@@ -420,7 +427,7 @@ def storage_url(url: str, folder: str | Path = ".") -> str:
     if scheme in ("postgresql", "postgres"):
         return f"postgresql+psycopg://{rest}"
     if sqlite and rest.strip("/") not in ("", ":memory:") and not rest.startswith("//"):
-        return f"{scheme}:///{_located(rest[1:], folder)}"
+        return f"{scheme}:///{Path(folder, rest[1:]).resolve()}"
     return url
 
 
@@ -433,7 +440,7 @@ def artifacts_url(url: str, folder: str | Path = ".") -> str:
             f"got '{url}'; allowed: a folder, s3://bucket/prefix or gs://bucket/prefix"
             + (suggest(scheme[0], ("s3", "gs")) if scheme and scheme[0] not in ("s3", "gs") else "")
         )
-    return url.rstrip("/") if bucket else str(_located(url, folder))
+    return url.rstrip("/") if bucket else str(Path(folder, url).resolve())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -242,7 +242,8 @@ def _latency(study: Study, trial: Trial) -> str:
     if "latency_s" not in trial.cost.values or not study.config.latency:
         return ""
     context = study.config.latency["context"]
-    place = ", ".join(f"{key} {context[key]}" for key in ("runtime", "chip", "threads", "date"))
+    keys = (key for key in ("runtime", "chip", "threads", "date") if key in context)
+    place = ", ".join(f"{key} {context[key]}" for key in keys)
     return f"`latency_s` is in seconds, for one image, by a table of measurements ({place}).\n"
 
 

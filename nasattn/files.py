@@ -62,7 +62,10 @@ def check_writable(folder: Path) -> None:
 def check_file(path: Path) -> Path:
     """Where a file of that name comes to lie: a link is followed. A UserError where none can be
     written; its folder is made where it is not there."""
-    found = path.resolve()
+    try:
+        found = path.resolve()
+    except RuntimeError as error:
+        raise UserError(f"{path} is a link to itself") from error
     if found.exists() and not found.is_file():
         raise UserError(f"{path} is {'a folder' if found.is_dir() else 'no file'}; allowed: a file")
     check_writable(found.parent)

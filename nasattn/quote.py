@@ -5,6 +5,7 @@ import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
     if not callable(found):
         raise UserError(f"{path}: there is no function '{name}'{suggest(name, dir(module))}")
     try:
-        inspect.signature(found).bind()
+        with suppress(ValueError):  # of what is built in
+            inspect.signature(found, follow_wrapped=False).bind()
     except TypeError as error:
         raise UserError(f"{path}: it is called without arguments; {error}") from None
     network = found()

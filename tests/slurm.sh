@@ -27,7 +27,9 @@ install() {
 
 start() {
     here || { echo "no Slurm is here" >&2; return 3; }
-    local folder=$1 host user ports node
+    local host user ports node
+    folder=$1
+    trap 'stop "$folder"' EXIT # until all runs
     host=$(hostname -s) user=$(id -un)
     mkdir -p "$folder/state"
     read -ra ports < <(python3 -c '
@@ -71,12 +73,13 @@ CONF
     slurmctld
     for node in 1 2 3 4 5 6; do slurmd -N "n$node"; done
     srun --quiet --nodes 6 --immediate=60 true || { tail -n 20 "$folder"/*.log >&2; return 1; }
+    trap - EXIT
     echo "$SLURM_CONF"
 }
 
 stop() {
     export SLURM_CONF=$1/slurm.conf
-    scancel --user "$(id -u)" || true
+    [ ! -e "$SLURM_CONF" ] || scancel --user "$(id -u)" || true
     local file
     for file in "$1"/n?.pid "$1/slurmctld.pid" "$1/munged.pid"; do
         [ ! -e "$file" ] || kill -KILL "$(cat "$file")" || true

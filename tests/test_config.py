@@ -677,22 +677,29 @@ def test_paths_are_taken_as_a_shell_takes_them(
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.delenv("NOWHERE", raising=False)
-    found = Experiment.from_dict(
-        WHOLE
-        | {"storage": "sqlite:///~/x.db", "artifacts": "$SCRATCH/store"}
-        | {"data": {"name": "image_folder", "root": "${SCRATCH}/photos"}}
-    )
+    monkeypatch.chdir(folder)
+
+    def taken(**fields: Any) -> Experiment:
+        Path("new.yaml").write_text(yaml.safe_dump(WHOLE | fields))
+        return Experiment.load("new.yaml")
+
+    data = {"name": "image_folder", "root": "${SCRATCH}/photos"}
+    found = taken(storage="sqlite:///~/x.db", artifacts="$SCRATCH/store", data=data)
     assert found.storage == "sqlite:////home/me/x.db" and found.artifacts == "/scratch/store"
     assert found.data.root == Path("/scratch/photos")  # type: ignore[union-attr]
     assert Experiment.from_dict(found.as_dict()) == found
+    whole = taken(storage="sqlite:////data/$SCRATCH/x.db")
+    assert whole.storage == "sqlite:////data//scratch/x.db"
+    server = "postgresql+psycopg://me:pa$$word~@host/x"
+    assert taken(storage=server).storage == server
     with pytest.raises(UserError, match=r"storage: .*the environment has no \$NOWHERE"):
-        Experiment.from_dict(WHOLE | {"storage": "sqlite:///$NOWHERE/x.db"})
-
-
-@pytest.mark.parametrize("key", ["mean", "std"])
-def test_normalisation_is_of_pixels_up_to_one(key: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{key}.*got 123"):
-        Experiment.from_dict(WHOLE | {"data": WHOLE["data"] | {key: [123]}})
+        taken(storage="sqlite:///$NOWHERE/x.db")
+    odd = folder / "d$ollar"
+    odd.mkdir()
+    for file in ("e.yaml", "space.yaml"):
+        (odd / file).write_text((folder / file).read_text())
+    kept = Experiment.load(odd / "e.yaml")
+    assert Experiment.from_dict(kept.as_dict()) == kept, "what is stored is whole"
 
 
 def test_differences(folder: Path) -> None:

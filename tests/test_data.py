@@ -541,14 +541,18 @@ def test_splits_of_other_names_are_not_taken_for_classes(
 
 
 def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
-    assert folder(fill(tmp_path, {"dev": 9, "test": 9})).facts["names"] == ["dev", "test"]
+    home = fill(tmp_path, {"dev/x": 9, "test/x": 9, "test/y": 3})
+    assert folder(home).facts["names"] == ["dev", "test"]
 
 
 def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
     home = fill(tmp_path, {"a": 9, "b": 9})
+    for above in ("..", "../..", "."):
+        (home / "a" / "loop").symlink_to(above)
+        with pytest.raises(UserError, match=r"the link .*a/loop leads to a folder that it lies in"):
+            folder(home)
+        (home / "a" / "loop").unlink()
     (home / "a" / "loop").symlink_to("..")
-    with pytest.raises(UserError, match=r"a/loop is a link to a folder that it lies in"):
-        folder(home)
     (home / "a" / "loop").unlink()
     fill(tmp_path.with_name("far"), {"more": 3})
     (home / "a" / "more").symlink_to(tmp_path.with_name("far") / "more")
@@ -568,6 +572,12 @@ def test_a_folder_that_cannot_be_read_is_told(
     monkeypatch.setattr(Path, "iterdir", denied)
     with pytest.raises(UserError, match=r"data.root: .*/train/b cannot be read: Permission denied"):
         folder(home)
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_normalisation_is_of_pixels_up_to_one(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key}: got 123; pixels are from 0 to 1"):
+        folder(fill(tmp_path, SPLITS), **{key: (123.0,)})
 
 
 def test_a_file_is_no_root(tmp_path: Path) -> None:

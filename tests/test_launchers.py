@@ -110,7 +110,8 @@ def where(request: pytest.FixtureRequest) -> tuple[str, Env]:
     """A launcher's name, and the environment that it needs."""
     cluster = request.param in ("ray", "slurm")
     more: Env = request.getfixturevalue(f"{request.param}_cluster") if cluster else {}
-    return request.param, os.environ | more
+    # What a user wants to see of the queue is not what there is in it.
+    return request.param, os.environ | {"SQUEUE_STATES": "PENDING"} | more
 
 
 def test_contract(where: tuple[str, Env], tmp_path: Path) -> None:
@@ -359,6 +360,9 @@ def test_of_what_slurm_does_not_tell_nothing_is_concluded(
     assert queue.state("7", 60.0), "not asked again so soon"
     queue.forget()
     assert queue.state("7", 60.0) is None
+    squeue.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queue.state("7", 0.0) == ""
     assert len(asked.read_text().split()) == 3
 
 

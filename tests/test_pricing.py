@@ -1,5 +1,6 @@
 """Every cost of a row by table, against the network; what fits, against listing all."""
 
+import functools
 import random
 from pathlib import Path
 
@@ -156,6 +157,11 @@ def wanting(width: int) -> nn.Module:
     return nn.Identity()
 
 
+@functools.wraps(wanting)
+def wrapped() -> nn.Module:
+    return wanting(3)
+
+
 def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
     for name, said in {
         "Looking": "its forward looks at values, so that it cannot be counted without being run",
@@ -163,5 +169,8 @@ def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
     }.items():
         with pytest.raises(UserError, match=said):
             quote(f"{__name__}:{name}", (3, 8, 8))
+    assert quote(f"{__name__}:wrapped", (3, 8, 8))["cost"] == {"macs": 0, "params": 0}
+    with pytest.raises(UserError, match=r"expected an nn\.Module; got dict"):
+        quote("builtins:dict")
     done = CliRunner().invoke(app, ["cost", "torch.nn:Identity", "--by-site"])
     assert isinstance(done.exception, UserError) and "--by-site" in str(done.exception)

@@ -569,6 +569,8 @@ def test_batches_of_one_are_refused_where_a_norm_sees_one_value(write: Write) ->
     deep = SPACE | {"backbone": {"name": "mobilenet_v2", "width": 0.25, "rows": rows}}
     with pytest.raises(UserError, match=r"training\.batch_size: got 1; allowed: from 2: Expected"):
         searching(write("two", training=schedule, space=deep))
+    never = {"pretrain": {"batch_size": 1}, "training": {"warm_start": False}}
+    assert searching(write("three", space=deep, **never)), "it is not used"
 
 
 def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path) -> None:
@@ -587,7 +589,7 @@ def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path)
     assert searching(path).study.facts["images"] == images, "of an earlier version"
 
 
-def test_images_may_move(write: Write, photos: Path) -> None:
+def test_images_may_move(write: Write, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same splits of the same images: neither the study nor the backbone's weights mind."""
 
     def at(root: Path) -> Path:
@@ -603,11 +605,28 @@ def test_images_may_move(write: Write, photos: Path) -> None:
     assert later.study.notes == [f"the images lie in {moved} now"]
     assert later.study.facts["experiment"]["data"]["root"] == str(moved)
     assert later.evaluator._data() == marks
+    told: list[str] = []
+    monkeypatch.setattr(later.display, "note", told.append)
+    later.announce(3)
+    assert "images: 112 train, 24 val, 24 test; classes: 0, 1" in told
     assert len(by_formula(at(moved), 3).trials) == 3
-    (moved / "0" / "0.png").unlink()
-    moved.rename(photos)
+    shutil.copytree(moved, photos)
+    Image.fromarray(np.zeros((32, 64), np.uint8)).save(photos / "0" / "0.png")
     with pytest.raises(UserError, match=r"data\.root: '.*elsewhere' -> "):
-        searching(at(photos))
+        searching(at(photos))  # the same names, but not the same images
+
+
+def test_weights_of_an_earlier_version_are_known(write: Write, photos: Path) -> None:
+    """It told images by where they lie and their names."""
+    path = write(data={"name": "image_folder", "root": str(photos)}, space=SPACE | {"classes": 2})
+    evaluator = searching(path).evaluator
+    facts = evaluator._facts("root", "digest")
+    assert json.loads(facts["from"])["data"].keys() >= {"root", "digest"}
+    assert "read" not in facts["from"] and "root" not in evaluator._facts()["from"]
+    candidate.store(evaluator._file, {"w": torch.zeros(1)}, facts)
+    assert evaluator.stored
+    candidate.store(evaluator._file, {"w": torch.zeros(1)}, {"from": "another"})
+    assert not evaluator.stored
 
 
 def test_images_that_change_while_the_backbone_is_trained_are_refused(

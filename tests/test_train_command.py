@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_search import Write, write
+from test_search import SPACE, Write, write
 from typer.testing import CliRunner
 
 from nasattn.cli import app
@@ -56,16 +56,31 @@ def test_a_training_of_its_own_leaves_its_weights_where_it_is_told(
     assert score_test(architecture, weights, settings, data) == found[0]["test"]
 
 
-@pytest.mark.parametrize("kind", ["a folder", "no file"])
+@pytest.mark.parametrize("kind", ["a folder", "no file", "a link to itself"])
 def test_a_training_that_could_not_leave_its_weights_does_not_begin(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("nasattn.evaluate.candidate.load", None)
     out, settings = tmp_path / "out", Experiment.load(write())
-    out.mkdir() if kind == "a folder" else os.mkfifo(out)
+    {"a folder": out.mkdir, "no file": lambda: os.mkfifo(out)}.get(
+        kind, lambda: out.symlink_to(out)
+    )()
     architecture = SearchSpace.of(settings.space).baseline()
-    with pytest.raises(UserError, match=f"out is {kind}; allowed: a file"):
+    with pytest.raises(UserError, match=f"out is {kind}"):
         train_architecture(
             architecture, settings, out, epochs=1, on_test=False, tick=lambda *_: None
         )
-    assert out.exists() and not out.is_file()
+    assert os.path.lexists(out) and (kind == "a link to itself" or not out.is_file())
+
+
+def test_batches_of_one_are_refused_where_a_norm_sees_one_value(
+    write: Write, tmp_path: Path
+) -> None:
+    rows = [[1, 16, 1, 4], [1, 16, 1, 4], [1, 16, 1, 4]]
+    space = SPACE | {"backbone": {"name": "mobilenet_v2", "width": 0.25, "rows": rows}}
+    settings = Experiment.load(write(space=space, pretrain={"batch_size": 1}))
+    architecture = SearchSpace.of(settings.space).baseline()
+    with pytest.raises(UserError, match=r"pretrain\.batch_size: got 1; allowed: from 2"):
+        train_architecture(
+            architecture, settings, tmp_path / "w", epochs=1, on_test=False, tick=lambda *_: None
+        )

@@ -36,6 +36,7 @@ from nasattn.data import Batch, Data, Shape, stratify
 from nasattn.errors import Stopped, TrialFailed, UserError, suggest
 
 Files = list[tuple[Path, int]]
+Stamp = tuple[int, int]  # a file's size in bytes, and when it was changed last (ns)
 Box = tuple[float, float, float, float]
 
 # What others call the splits; two folders of these names with folders in them are hardly classes.
@@ -106,9 +107,10 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
         notes.append(f"{passed_over.total()} files are no images of a class: {kinds}")
     splits = _split(files, config, notes)
-    faults = _faults([path for part in splits.values() for path, _ in part], config.root)
+    stamps = {path: _stamp(path) for part in splits.values() for path, _ in part}
+    faults = _faults(stamps, config.root)
     notes += _report(faults, config)
-    listed = _digest(splits, config.root)
+    listed = _listed(splits, config.root)
     splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
     notes += _check_cover(splits, names, config.root)
     train, val, test = (
@@ -132,18 +134,23 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         loaders=config.loaders,
         facts={
             "files": len(faults),
-            "digest": listed,
+            "digest": _digest(listed),
             "readable": sum(map(len, splits.values())),
-            "read": _digest(splits, config.root),
+            "read": _digest(
+                [(*row, stamps[config.root / row[1]][0]) for row in _listed(splits, config.root)]
+            ),
             "names": names,
         },
     )
 
 
-def _digest(splits: Mapping[str, Files], root: Path) -> str:
-    """Of each split's files, by their places in the root, and their classes."""
-    lists = [(name, f.relative_to(root).as_posix(), y) for name in splits for f, y in splits[name]]
-    return hashlib.sha256(json.dumps(sorted(lists)).encode()).hexdigest()[:16]
+def _listed(splits: Mapping[str, Files], root: Path) -> list[tuple[str, str, int]]:
+    """Each split's files, by their places in the root, and their classes."""
+    return [(name, f.relative_to(root).as_posix(), y) for name in splits for f, y in splits[name]]
+
+
+def _digest(rows: Sequence[tuple[object, ...]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
 
 
 def decode(path: Path, channels: int) -> Image.Image:
@@ -234,6 +241,8 @@ def _checked_normalisation(config: ImageFolder, input: Shape) -> tuple[Tensor, T
                 f"data.{name}: got {len(values)} numbers, but the space says input: {list(input)}; "
                 f"allowed: 1 number{f' or {channels}' if channels > 1 else ''}"
             )
+        if max(values) > 1:
+            wrong.append(f"data.{name}: got {max(values):g}; pixels are from 0 to 1: allowed: to 1")
         tensors.append(torch.tensor(values).reshape(-1, 1, 1))
     if wrong:
         raise UserError("\n".join(wrong))
@@ -266,11 +275,11 @@ def _folders(root: Path) -> dict[str, Path]:
         for path in _inside(root)
         if path.name.lower() in SPLITS and path.is_dir() and any(p.is_dir() for p in _inside(path))
     ]
-    if len(like) > 1:
+    if len(like) > 1 and {"train", "training"} & {name.lower() for name in like}:
         raise UserError(
             f"data.root: {root} has {', '.join(like)}, which look like splits that hold the class "
             "folders; the splits' names are train, val and test: rename them, or make links of "
-            "these names"
+            "these names (as classes they may not have folders in them)"
         )
     return {"all": root}
 
@@ -303,10 +312,11 @@ def _visible(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
     for path in _inside(folder):
         if not path.is_dir():
             found.append(path)
-        elif path.resolve() in above:
-            raise UserError(f"data.root: {path} is a link to a folder that it lies in: remove it")
-        else:
-            found += _visible(path, above)
+            continue
+        inner = path.resolve()
+        if path.is_symlink() and any(outer.is_relative_to(inner) for outer in above):
+            raise UserError(f"data.root: the link {path} leads to a folder that it lies in")
+        found += _visible(path, above)
     return found
 
 
@@ -346,7 +356,7 @@ def _split(files: Mapping[str, Files], config: ImageFolder, notes: list[str]) ->
     return given | {name: [whole[i] for i in part] for name, part in drawn.items()}
 
 
-def _faults(paths: Sequence[Path], root: Path) -> dict[Path, str]:
+def _faults(stamps: Mapping[Path, Stamp], root: Path) -> dict[Path, str]:
     """Path -> why it cannot be decoded, or "" where it can.
 
     Every file is really decoded, unless an earlier run, whose check took long, found it good and
@@ -354,24 +364,24 @@ def _faults(paths: Sequence[Path], root: Path) -> dict[Path, str]:
     """
     name = hashlib.sha256(f"{root} {PIL.__version__}".encode()).hexdigest()[:16]
     memory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nasattn", f"images-{name}.json")
-    stamps = {path: _stamp(path) for path in paths}
+    lines = {path: f"{path} {size} {time}" for path, (size, time) in stamps.items()}
     good = _recall(memory.expanduser())
-    new = [path for path in paths if stamps[path] not in good]
+    new = [path for path in stamps if lines[path] not in good]
     start = time.monotonic()
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the pixels are what is judged
-        faults = dict.fromkeys(paths, "") | dict(zip(new, pool.map(_fault, new), strict=True))
+        faults = dict.fromkeys(stamps, "") | dict(zip(new, pool.map(_fault, new), strict=True))
     if time.monotonic() - start > SLOW:
-        _remember(memory.expanduser(), [stamps[path] for path in paths if not faults[path]])
+        _remember(memory.expanduser(), [lines[path] for path in stamps if not faults[path]])
     return faults
 
 
-def _stamp(path: Path) -> str:
+def _stamp(path: Path) -> Stamp:
     try:
         status = path.stat()
     except OSError:  # such as a link to nowhere: the decoder's to say
-        return ""
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _recall(memory: Path) -> frozenset[str]:

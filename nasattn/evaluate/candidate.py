@@ -255,29 +255,32 @@ class Evaluator:
     def _file(self) -> Path:
         return self.folder / "backbone.safetensors"
 
-    def _facts(self) -> dict[str, str]:
-        """What the stored weights must have come from to be used."""
+    def _facts(self, *told: str) -> dict[str, str]:
+        """What the stored weights must have come from to be used. told: as for _data."""
         what = {
-            "data": self._data(),
+            "data": self._data(*told),
             "pretrain": self.experiment.as_dict()["pretrain"],
             "architecture": self.plain.key,
             "seed": self.seed(self.plain, "scratch"),
         }
         return {"from": json.dumps(what, sort_keys=True)}
 
-    def _data(self) -> dict[str, Any]:
-        """What images there are; wherever they lie and whoever reads them, they are the same."""
+    def _data(self, *told: str) -> dict[str, Any]:
+        """What images there are; wherever they lie and whoever reads them, they are the same. told:
+        other keys than those that say so."""
         data = self.experiment.as_dict()["data"]
-        facts = {key: self.data.facts[key] for key in ("digest", "read") if key in self.data.facts}
-        return {k: v for k, v in data.items() if k not in ("loaders", "root")} | facts
+        kept = {k: v for k, v in data.items() if k not in ("loaders", "root") or k in told}
+        facts = self.data.facts
+        return kept | {key: facts[key] for key in told or ("digest", "read") if key in facts}
 
     def _stored(self) -> Weights | None:
         self.files.fetch(self._file)
         try:
             with safe_open(self._file, "pt") as file:
                 facts = file.metadata() or {}
-            same = facts.get("from") == self._facts()["from"]
-            return load_file(self._file) if same else None
+            # Earlier versions told images by where they lie and their names alone.
+            ours = [self._facts()["from"], self._facts("root", "digest")["from"]]
+            return load_file(self._file) if facts.get("from") in ours else None
         except (OSError, SafetensorError):
             return None
 
@@ -290,16 +293,15 @@ def weights_of(network: torch.nn.Module) -> Weights:
     }
 
 
-def check_single(experiment: Experiment, architecture: Architecture) -> None:
+def check_single(schedule: Schedule, key: str, architecture: Architecture) -> None:
     """A UserError where batches are of one image and a BatchNorm of the network sees one value a
-    channel then, of which there is no variance."""
-    for name in ("training", "pretrain"):
-        if getattr(experiment, name).batch_size == 1:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                try:
-                    build(architecture).train()(torch.zeros(1, *architecture.input))
-                except ValueError as error:
-                    raise UserError(f"{name}.batch_size: got 1; allowed: from 2: {error}") from None
+    channel then, of which there is no variance. key: the schedule's, in the experiment."""
+    if schedule.batch_size == 1:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            try:
+                build(architecture).train()(torch.zeros(1, *architecture.input))
+            except ValueError as error:
+                raise UserError(f"{key}.batch_size: got 1; allowed: from 2: {error}") from None
 
 
 def train_architecture(
@@ -314,7 +316,7 @@ def train_architecture(
     """Train one architecture from scratch by the experiment's full schedule (`pretrain`), write its
     weights to `out` and return its figures. on_test: score the test split too."""
     place = check_file(out)
-    check_single(experiment, architecture)
+    check_single(experiment.pretrain, "pretrain", architecture)
     load_training(experiment.trainer)
     data = load(experiment.data, architecture.input, architecture.classes)
     schedule = experiment.pretrain.model_copy(update={"epochs": epochs} if epochs else {})

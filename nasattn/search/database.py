@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
     OperationalError,
     SQLAlchemyError,
 )
+from sqlalchemy.pool import NullPool
 
 from nasattn.config import storage_url
 from nasattn.errors import UserError
@@ -53,7 +54,12 @@ def connect(storage: str) -> RDBStorage:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
             reason = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
             path = sqlite_path(storage)
-            if path and path.exists() and shutil.disk_usage(path).free < ROOM:
+            if path and path.exists() and not os.access(path.parent, os.W_OK):
+                reason += (
+                    "; nothing can be written beside it: copy it, with the -wal file that belongs "
+                    "to it, to where that is possible"
+                )
+            elif path and path.exists() and shutil.disk_usage(path).free < ROOM:
                 reason += "; its disk is full"
             raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
         except ImportError as error:
@@ -71,7 +77,7 @@ def _opened(storage: str) -> RDBStorage:
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY}}
         to_read = path.exists() and not os.access(path.parent, os.W_OK)
         if to_read:
-            options = {"creator": partial(_to_read, path)}
+            options = {"creator": partial(_to_read, path), "poolclass": NullPool}
         database = Database(storage, engine_kwargs=options)
         if not to_read:
             event.listen(database.engine, "connect", _write_ahead)
@@ -94,11 +100,22 @@ def _opened(storage: str) -> RDBStorage:
 
 
 def _to_read(path: Path) -> sqlite3.Connection:
-    """A connection to a file in whose folder nothing can be written, such as a snapshot's: sqlite
-    would make files beside it. Where none is there nobody writes, so that it cannot change."""
-    settled = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-    uri = f"file:{quote(str(path))}?mode=ro{settled}"
-    return sqlite3.connect(uri, uri=True, timeout=BUSY, check_same_thread=False)
+    """A connection to a file in whose folder nothing can be written: a snapshot's, a colleague's.
+
+    sqlite needs files beside a database, which it can read where a writer has made them. Where
+    there is no log, nobody writes now, and sqlite may be told so: for one look, as one may begin.
+    """
+    for more in ("", "&immutable=1"):
+        uri = f"file:{quote(str(path))}?mode=ro{more}"
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA schema_version")
+            return connection
+        except sqlite3.OperationalError:
+            connection.close()
+            if more or path.with_name(f"{path.name}-wal").exists():
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _half_created(error: BaseException) -> bool:

@@ -68,7 +68,9 @@ class Search:
         self.candidates.refuse_empty()
         self.data: Data = load(experiment.data, experiment.space.input, experiment.space.classes)
         self.data.loader("train", experiment.training.batch_size, 0)
-        check_single(experiment, self.space.baseline())
+        check_single(experiment.training, "training", self.space.baseline())
+        if experiment.training.warm_start:
+            check_single(experiment.pretrain, "pretrain", self.space.baseline())
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts, found)
         facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}

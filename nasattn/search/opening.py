@@ -126,15 +126,15 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
     old, edits = study.facts, study.edits(experiment, FREE)
     then, now = old.get("images") or {}, facts.get("images") or {}  # of old versions none
     changed = not same_images(then, now)
-    known = bool(then) and not changed  # wherever they lie
-    root = [line for line in edits if line.startswith("data.root: ")] if known else []
+    same = "read" in then and not changed  # an earlier version kept their names alone
+    moved = [line for line in edits if line.startswith("data.root: ")] if same else []
 
     def take(new: Mapping[str, Any]) -> None:
         grow(study.engine, study.optuna._study_id, FACTS, old, new)
         study.refresh()
 
     given = experiment.as_dict()
-    more = {"space": given["space"]} | ({"data": given["data"]} if root else {})
+    more = {"space": given["space"]} | ({"data": given["data"]} if moved else {})
     new = {**old, **facts, "experiment": old["experiment"] | more}
     lost = losses(old, new)
     if (edits or lost or changed) and _begins(study, edits, lost):
@@ -142,7 +142,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         kept = given | {"storage": old["experiment"]["storage"]}
         take({**new, "experiment": kept})
         return ""
-    if lost or not all(line.startswith(GROWING) or line in root for line in edits):
+    if lost or not all(line.startswith(GROWING) or line in moved for line in edits):
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
             + "".join(f"  {line}\n" for line in edits)
@@ -163,9 +163,9 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
             with suppress(UserError):  # another process was quicker
                 take({**old, "images": now})
         return ""
-    news = gains(old, new) or ("" if root else "reordered")
+    news = gains(old, new) or ("" if moved else "reordered")
     said = [f"the space has grown ({news}): all trials stay"] if news else []
-    said += [f"the images lie in {given['data']['root']} now"] if root else []
+    said += [f"the images lie in {given['data']['root']} now"] if moved else []
     if busy := at_work(study.engine, study.name):
         who = ", ".join(f"{w['host']}:{w['pid']}" for w in busy)
         raise UserError(

@@ -18,7 +18,8 @@ from nasattn.files import whole
 from nasattn.search.launchers import spawn
 
 MINUTES = 240  # that a job may take, where `time` is not given
-LOOK, URGENT = 20.0, 2.0  # seconds between two calls of squeue, and where a job was told to end
+ASK, URGENT = 20.0, 2.0  # seconds between two calls of squeue, and where a job was told to end
+PATIENCE = 30.0  # seconds in which it must answer
 
 # The options of `--launcher slurm`, and what they mean where sbatch's manual does not say it.
 SLURM: Mapping[str, str] = {
@@ -79,11 +80,10 @@ class Slurm:
         self.trainer, self.note, self.submitit = trainer, note, submitit
         self.queue = Queue()
         self.options = {"time": MINUTES, "cluster": "slurm", **options}
-        if self.options["cluster"] == "slurm" and not (
-            shutil.which("sbatch") and shutil.which("srun")
-        ):
+        lacking = [name for name in ("sbatch", "srun", "squeue") if not shutil.which(name)]
+        if self.options["cluster"] == "slurm" and lacking:
             raise UserError(
-                "--launcher slurm: there is no sbatch here; start the search where jobs are "
+                f"--launcher slurm: there is no {lacking[0]} here; start the search where jobs are "
                 "submitted, or try it out with --launcher-option cluster=local"
             )
 
@@ -143,12 +143,23 @@ class Queue:
         so many seconds ago; None when it is over. The empty string where Slurm gives none: its
         controller is away for a while."""
         if time.monotonic() - self.asked >= within:
-            command = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i %T %r"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = (line.partition(" ") for line in done.stdout.splitlines())
+            said = _squeue(f"--user={os.getuid()}", "--format=%i %T %r")
+            lines = (line.partition(" ") for line in (said or "").splitlines())
             self.states = {job: state for job, _, state in lines}
-            self.asked, self.answered = time.monotonic(), done.returncode == 0
+            self.asked, self.answered = time.monotonic(), said is not None
         return self.states.get(job) if self.answered else ""
+
+
+def _squeue(*options: str) -> str | None:
+    """What it answers of all partitions, hidden ones too; None for no answer."""
+    # What a user wants to see of it may leave jobs out.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
+    command = ["squeue", "--all", "--noheader", *options]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout
 
 
 class SlurmProcess:
@@ -170,6 +181,8 @@ class SlurmProcess:
                 self.code = int(self.ended.read_text())
             except FileNotFoundError:
                 self.code = -signal.SIGKILL if over else None
+            if self.code == -signal.SIGUSR2:
+                self.where += ", whose time was over"
         return self.code
 
     def terminate(self) -> None:
@@ -182,8 +195,8 @@ class SlurmProcess:
     def _over(self) -> bool:
         if self.queue is None:
             return bool(self.job.done())
-        state = self.queue.state(self.job.job_id, URGENT if self.told else LOOK)
-        late = self.queue.asked - self.begun > LOOK / 2  # most begin at once
+        state = self.queue.state(self.job.job_id, URGENT if self.told else ASK)
+        late = self.queue.asked - self.begun > ASK / 2  # most begin at once
         if state and state.startswith("PENDING ") and late and not self.waits:
             self.note(f"{self.where} waits in Slurm's queue: {state.removeprefix('PENDING ')}")
             self.waits = True

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from signal import SIGUSR2
 
 from nasattn.config import Experiment
 from nasattn.errors import Stopped, UserError, lookup
@@ -60,9 +59,7 @@ class Crew:
             if code < 0:
                 self._deaths = 1 + (self._deaths if done == self._finished else 0)
                 self._finished = done
-                # Slurm tells a job so that its time ends.
-                end = "ran out of its time" if code == -SIGUSR2 else f"was killed by signal {-code}"
-                self.last_words = f"worker {index} ({process.where}) {end}"
+                self.last_words = f"worker {index} ({process.where}) was killed by signal {-code}"
                 if self._deaths < self._most:
                     self.last_words += self._replace(index)
                 self.note(self.last_words)

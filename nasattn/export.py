@@ -25,6 +25,7 @@ from nasattn.model import build
 from nasattn.record import Trial, amount, counted
 from nasattn.search.final_text import interval, judged_on
 from nasattn.search.study import Study, accuracy
+from nasattn.skeleton import changes
 
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
 BATCHES = (1, 3)
@@ -188,7 +189,9 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
     for metric, value in trial.cost.values.items():
         plain = study.facts["plain"][metric]
         rows.append((metric, f"{amount(value)} ({value / plain:.3f}x)", amount(plain)))
-    blocks = [f"- `{spec}` after `{site}`" for site, spec in architecture.specs.items()]
+    changed = changes(study.config.space, architecture.backbone)
+    blocks = [f"- `{label}` at `{position}`" for position, label in changed.items()]
+    blocks += [f"- `{spec}` after `{site}`" for site, spec in architecture.specs.items()]
     versions: dict[str, Any] = {
         "nasattn": __version__,
         "torch": torch.__version__,

@@ -37,6 +37,8 @@ def quote(target: str, input_shape: tuple[int, ...] | None = None) -> dict[str, 
     """
     if ":" in target and not Path(target).exists():
         return _of_module(target, input_shape)
+    if input_shape is not None:
+        raise UserError(f"--shape: {target} has its own input; allowed with MODULE:FUNCTION only")
     fields, source = load_yaml(Path(target))
     if isinstance(fields, dict) and {"study", "space"} & fields.keys():
         return _of_experiment(Experiment.load(target))
@@ -182,15 +184,23 @@ def _of_experiment(experiment: Experiment) -> dict[str, Any]:
     ]
     fitting, least, most = candidates.fitting()
     share = f"{fitting / space.size():.3g} of the space"
-    bounds = "exactly" if least == most else f"estimated, between {least:.4g} and {most:.4g}"
+    bounds = "exactly" if least == most else f"estimated, between {_many(least)} and {_many(most)}"
     notes = {"space": f"{space.size():,} architectures"}
     for metric, limit in limits.items():
         notes[f"budget {metric}"] = f"{limit:,.15g} ({limit / plain[metric]:.4g}x)"
-    notes["within the budget"] = f"{fitting:,.6g} architectures, {share}; {bounds}"
+    notes["within the budget"] = f"{_many(fitting)} architectures, {share}; {bounds}"
     for metric in plain:
         ordered = sorted(singles, key=lambda s: s["cost"][metric])
         for word, single in (("cheapest", ordered[0]), ("dearest", ordered[-1])):
             notes[f"{word} insertion by {metric}"] = (
-                f"{single['spec']} @ {single['site']}: {single['cost'][metric]:+,.6g}"
+                f"{single['spec']} @ {single['site']}: {_signed(single['cost'][metric])}"
             )
     return {"cost": plain, "limits": limits, "by_site": singles, "notes": notes}
+
+
+def _many(count: float) -> str:
+    return f"{count:,.0f}" if count < 1e9 else f"{count:.4g}"
+
+
+def _signed(cost: int | float) -> str:
+    return f"{cost:+,}" if isinstance(cost, int) else f"{cost:+.4g}"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
-from nasattn.architecture import Backbone
+from nasattn.architecture import Architecture, Backbone
 from nasattn.catalog import Rows
-from nasattn.space_file import Vary
+from nasattn.space_file import SpaceFile, Vary
 
 LEFT_OUT = "left_out"
 SUFFIX = ":block"  # the parameter `stage2.1:block` chooses the block, `stage2.1` what follows it
@@ -99,6 +99,22 @@ class Skeleton:
             else:
                 return None
         return labels if not rows and self.backbone(labels) == backbone else None
+
+
+def changes(space: SpaceFile, backbone: Backbone) -> dict[str, str]:
+    """Position -> label, where a backbone is not the space's plain one."""
+    if not space.vary:
+        return {}
+    skeleton = Skeleton(Backbone.of(space.backbone), space.vary)
+    labels = skeleton.labels(backbone) or {}
+    plain = {position.name: position.labels[0] for position in skeleton.positions}
+    return {name: label for name, label in labels.items() if label != plain[name]}
+
+
+def in_words(space: SpaceFile, architecture: Architecture) -> str:
+    """On one line what is placed, and what of the backbone is changed."""
+    parts = [*changes(space, architecture.backbone).items(), *architecture.specs.items()]
+    return ", ".join(f"{label} @ {name}" for name, label in parts) or "plain backbone"
 
 
 def _rows(backbone: Backbone) -> Rows:

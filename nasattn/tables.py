@@ -25,7 +25,7 @@ def print_results(study: "Study") -> None:
 
 
 def print_frontier(study: "Study") -> None:
-    from nasattn.search.display import placed
+    from nasattn.skeleton import in_words
 
     trials = study.trials
     front = study.frontier(trials)
@@ -44,7 +44,7 @@ def print_frontier(study: "Study") -> None:
             ratio = f" ({value / plain:.3f}x)" if metric in study.config.costs else ""
             costs.append(f"{amount(value)}{ratio}")
         name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
-        table.add_row(name, score, *costs, placed(trial.architecture.specs))
+        table.add_row(name, score, *costs, in_words(study.config.space, trial.architecture))
     console().print(table)
     if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
         print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")

@@ -172,5 +172,7 @@ def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
     assert quote(f"{__name__}:wrapped", (3, 8, 8))["cost"] == {"macs": 0, "params": 0}
     with pytest.raises(UserError, match=r"expected an nn\.Module; got dict"):
         quote("builtins:dict")
+    with pytest.raises(UserError, match=r"--shape: .* has its own input"):
+        quote(str(ROOT / "experiments/001_quickstart/experiment.yaml"), (3, 8, 8))
     done = CliRunner().invoke(app, ["cost", "torch.nn:Identity", "--by-site"])
     assert isinstance(done.exception, UserError) and "--by-site" in str(done.exception)

@@ -54,6 +54,7 @@ from nasattn.search.opening import find_study
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
 from nasattn.search.study import FACTS, Study
+from nasattn.skeleton import in_words
 from nasattn.space import SearchSpace
 
 Write = Callable[..., Path]
@@ -571,6 +572,42 @@ def test_batches_of_one_are_refused_where_a_norm_sees_one_value(write: Write) ->
         searching(write("two", training=schedule, space=deep))
     never = {"pretrain": {"batch_size": 1}, "training": {"warm_start": False}}
     assert searching(write("three", space=deep, **never)), "it is not used"
+
+
+def test_a_changed_backbone_is_not_the_plain_one(write: Write) -> None:
+    """Which may be over the budget here: then it is no member of the frontier."""
+    rows = [[3, 8, 2, 3, 0.0], [6, 16, 2, 3, 0.0], [6, 16, 1, 3, 0.0]]
+    space = {
+        "backbone": {"name": "autonl", "rows": rows},
+        "vary": {"expansion": [6, 3], "kernel": [3], "optional": True},
+        "input": [1, 32, 64],
+        "classes": 10,
+        "sites": ["stage*.*"],
+        "blocks": {"gcnet": {"ratio": [0.25]}},
+        "max_blocks": 1,
+    }
+    fields = {"space": space, "budget": {"macs": "0.9x"}, "training": {"warm_start": False}}
+    path = write(**fields)
+    study = by_formula(path, 1)
+    assert study.trials[0].score and study.frontier() == []
+    for command in ("pareto", "status", "report"):
+        said = CliRunner().invoke(cli.app, [command, str(path)])
+        assert said.exit_code == 0, said.exception
+    study = by_formula(path, 12)
+    lines = [in_words(study.config.space, t.architecture) for t in study.trials]
+    assert lines[0] == "plain backbone" and len(set(lines)) == 12
+    assert any("expansion=3,kernel=3,se=0 @ stage" in line for line in lines)
+    assert any("left_out @ stage2.1" in line for line in lines)
+    assert all(t.cost.values["macs"] <= study.facts["limits"]["macs"] for t in study.frontier())
+    said = CliRunner().invoke(cli.app, ["pareto", str(path)])
+    assert said.stdout.count("plain backbone") == 1
+
+
+def test_fewer_trials_than_there_are_is_as_many(write: Write) -> None:
+    path = write()
+    by_formula(path, 4)
+    study = by_formula(path, 2)
+    assert study.asked == 4 and len(study.trials) == 4
 
 
 def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path) -> None:

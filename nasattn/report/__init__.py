@@ -29,8 +29,8 @@ from nasattn.report.drawing import (
     wrapped,
 )
 from nasattn.report.final import final_figure
-from nasattn.search.display import placed
 from nasattn.search.study import Study, accuracy
+from nasattn.skeleton import in_words
 
 
 def write_report(study: Study, folder: Path) -> list[Path]:
@@ -246,7 +246,10 @@ def _frame_cells(axes: Axes, specs: Sequence[str], sites: Sequence[str]) -> None
 
 def _named(study: Study, trials: Sequence[Trial]) -> list[tuple[str, Trial]]:
     """The frontier's members that have a name."""
-    knee, best = study.knee(trials), study.frontier(trials)[-1]
+    front = study.frontier(trials)
+    if not front:
+        return []
+    knee, best = study.knee(trials), front[-1]
     return [("knee, best", knee)] if knee == best else [("knee", knee), ("best", best)]
 
 
@@ -258,7 +261,7 @@ def _frontier_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
             f"{short(value)} {metric} ({value / study.facts['plain'][metric]:.3f}x)"
             for metric, value in trial.cost.values.items()
         )
-        blocks = placed(trial.architecture.specs).replace(" @ ", "\u00a0@\u00a0")
+        blocks = in_words(study.config.space, trial.architecture).replace(" @ ", "\u00a0@\u00a0")
         lines.append(
             f"{name}: trial {trial.number}, {100 * accuracy(trial):.2f} %, {costs}: {blocks}"
         )

@@ -22,6 +22,7 @@ from rich.text import Text
 from nasattn.record import Trial, amount, counted
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import Study, accuracy, finished
+from nasattn.skeleton import in_words
 
 BARS = "▁▂▃▄▅▆▇█"
 FAILURES = 4  # that the panel names
@@ -34,11 +35,6 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
-def placed(specs: dict[str, str]) -> str:
-    """An architecture's blocks on one line."""
-    return ", ".join(f"{spec} @ {site}" for site, spec in specs.items()) or "plain backbone"
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -182,7 +178,7 @@ class Display:
         costs = "  ".join(f"{m} {amount(v)}" for m, v in values.items())
         self.note(
             f"trial {trial.number:>3}  {finished(self.trials)}/{self.total}  {outcome}  "
-            f"{costs}  {placed(trial.architecture.specs)}"
+            f"{costs}  {self._in_words(trial)}"
             + ("" if self.console.is_terminal else f"  [{self.summary()}]")
         )
         self._tell_rungs()
@@ -232,6 +228,10 @@ class Display:
         self._add_troubles(grid)
         return grid
 
+    def _in_words(self, trial: Trial) -> str:
+        assert self.study is not None
+        return in_words(self.study.config.space, trial.architecture)
+
     def _add_results(self, grid: Table) -> None:
         assert self.study is not None
         front = self.study.frontier(self.trials)
@@ -242,9 +242,7 @@ class Display:
             f"{m} {amount(best.cost.values[m])} ({best.cost.values[m] / plain[m]:.3f}x)"
             for m in self.study.config.costs
         )
-        told = (
-            f"{accuracy(best):.4f}  trial {best.number}  {costs}  {placed(best.architecture.specs)}"
-        )
+        told = f"{accuracy(best):.4f}  trial {best.number}  {costs}  {self._in_words(best)}"
         grid.add_row("best", Text(told))
         members = counted(len(front), "trial")
         if volumes := self.study.growth(self.trials):

@@ -13,6 +13,7 @@ from nasattn.architecture import Architecture, Placement
 from nasattn.config import Experiment
 from nasattn.record import Cost, Trial
 from nasattn.seed import derive
+from nasattn.skeleton import in_words
 from nasattn.uncertainty import Estimate, membership
 
 # The attributes of a study that hold one evaluation each: `final:KEY:SEED`.
@@ -134,7 +135,7 @@ def summarise(
     }
     asked = [e for c in planned for e in table[c.architecture.key]]
     done = [e for e in asked if e and e.done(final.test)]
-    rows = [_row(c, table) for c in [*planned, *former]]
+    rows = [_row(experiment, c, table) for c in [*planned, *former]]
     for row in rows:
         row.update({split: _figures(row, split, rows) for split in SPLITS})
     if len(done) == len(asked):
@@ -153,7 +154,9 @@ def summarise(
     }
 
 
-def _row(contender: Contender, table: Mapping[str, Sequence[Evaluation | None]]) -> dict[str, Any]:
+def _row(
+    experiment: Experiment, contender: Contender, table: Mapping[str, Sequence[Evaluation | None]]
+) -> dict[str, Any]:
     """What is known of a contender; `raw` holds its accuracies by split and seed."""
     found = table[contender.architecture.key]
     trial, present = contender.trial, [e for e in found if e]
@@ -164,6 +167,7 @@ def _row(contender: Contender, table: Mapping[str, Sequence[Evaluation | None]])
         "roles": list(contender.roles),
         "control": contender.control,
         "placements": contender.architecture.specs,
+        "blocks": in_words(experiment.space, contender.architecture),
         "cost": dict(cost.values),
         "search": trial.score.accuracy if trial and trial.score else None,
         "failures": [{"seed": e.seed, "reason": e.reason} for e in present if e.reason],

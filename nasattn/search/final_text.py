@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from nasattn.record import counted
-from nasattn.search.display import placed
 
 ROLES = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
 
@@ -28,7 +27,7 @@ def table(final: Mapping[str, Any]) -> list[list[str]]:
                 interval(figures.get("gain"), seeds, "+"),
                 interval(figures.get("over_control"), seeds, "+"),
                 "-" if share is None else f"{share:.0%}",
-                placed(row["placements"]),
+                row["blocks"],
             ]
         )
     return lines
@@ -60,7 +59,7 @@ def notes(final: Mapping[str, Any]) -> list[str]:
             "too narrow; `final: {seeds: 3}` says more"
         )
     lines += [
-        f"failed: seed {failure['seed']}, {placed(row['placements'])}: {failure['reason']}"
+        f"failed: seed {failure['seed']}, {row['blocks']}: {failure['reason']}"
         for row in final["rows"]
         for failure in row["failures"]
     ]

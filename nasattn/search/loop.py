@@ -21,7 +21,7 @@ from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
-from nasattn.search.display import Display, duration, placed
+from nasattn.search.display import Display, duration
 from nasattn.search.growth import told
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.opening import FREE, open_study, same_images
@@ -31,6 +31,7 @@ from nasattn.search.samplers import Gate
 from nasattn.search.slots import Job, Slots, Turn, take_training, weights_file
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, TOKEN, Study, accuracy, finished
+from nasattn.skeleton import in_words
 from nasattn.space import SearchSpace
 
 WAIT = 0.5  # seconds between two looks at what the other workers do
@@ -116,7 +117,7 @@ class Search:
         """How many trials the study can have, of so many; stored with `final`, `artifacts` and the
         loaders, so that a bare `resume` goes on to it."""
         count = self.candidates.count()
-        total = total if count is None else min(total, count)
+        total = max(total if count is None else min(total, count), finished(self.study.trials))
         self.study.refresh()  # another may have changed them since they were read
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
@@ -325,7 +326,7 @@ class Search:
         """Show what begins: a trial's training, or the backbone's."""
         task = "training the plain backbone, from which all go on"
         if trial is not None:
-            task = f"trial {trial.number}: {placed(trial.architecture.specs)}"
+            task = f"trial {trial.number}: {in_words(self.experiment.space, trial.architecture)}"
         self.display.start(task)
         number = None if trial is None else trial.number
         self.leases.doing = {"task": task, "slot": number, "refused": self.candidates.refused}

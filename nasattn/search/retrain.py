@@ -11,13 +11,14 @@ from nasattn.data import Data
 from nasattn.errors import Stopped, TrialFailed
 from nasattn.evaluate.candidate import Evaluator, load_training, score_test
 from nasattn.record import Cost, counted
-from nasattn.search.display import Display, duration, placed
+from nasattn.search.display import Display, duration
 from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.slots import take_training
 from nasattn.search.study import Study
 from nasattn.seed import derive
+from nasattn.skeleton import in_words
 
 Job = tuple[Contender, int]  # and its seed
 
@@ -129,7 +130,7 @@ class Retraining:
         files = self._checkpoints(contender, seed)
         try:
             evaluator.prepare(self._tick)
-            self._start(f"final, seed {seed}: {_name(contender)}")
+            self._start(f"final, seed {seed}: {self._name(contender)}")
             cost = contender.trial.cost if contender.trial else measure(architecture)
             score, weights = evaluator(architecture, self._tick, checkpoints=files)
             final, test = self.experiment.final, None
@@ -139,11 +140,15 @@ class Retraining:
             raise
         except Exception as error:
             self._end(contender, seed, _blank(contender, seed, self._machine.blamed(error)))
-            self._machine.renew(error, f"final, seed {seed}: {_name(contender)}")
+            self._machine.renew(error, f"final, seed {seed}: {self._name(contender)}")
         else:
             self._machine.works()
             done = replace(_blank(contender, seed, ""), cost=cost, seconds=score.seconds)
             self._end(contender, seed, replace(done, val=score.accuracy, test=test))
+
+    def _name(self, contender: Contender) -> str:
+        what = f"trial {contender.trial.number}: " if contender.trial else "control: "
+        return what + in_words(self.experiment.space, contender.architecture)
 
     def _end(self, contender: Contender, seed: int, evaluation: Evaluation) -> None:
         self._store(evaluation)
@@ -177,8 +182,8 @@ class Retraining:
         seconds, _ = self._ahead()
         self.display.note(
             f"final, seed {evaluation.seed}: {', '.join(shown) or f'failed: {evaluation.reason}'}  "
-            f"{placed(evaluation.architecture.specs)}  [{len(self._left())} to go, "
-            f"about {duration(seconds)} left]"
+            f"{in_words(self.experiment.space, evaluation.architecture)}  "
+            f"[{len(self._left())} to go, about {duration(seconds)} left]"
         )
 
     def _announce(self) -> None:
@@ -190,8 +195,8 @@ class Retraining:
         self.display.note(
             f"final: {counted(len(self.planned) - count, 'architecture')} and "
             f"{counted(count, 'control')} (SE at the "
-            f"same sites), {final.seeds} seeds each{anew}: {len(self._left())} evaluations to go, "
-            f"about {duration(seconds)}"
+            f"same sites), {counted(final.seeds, 'seed')} each{anew}: "
+            f"{len(self._left())} evaluations to go, about {duration(seconds)}"
         )
 
     def _ahead(self) -> tuple[float, int]:
@@ -237,8 +242,3 @@ def _lease(contender: Contender, seed: int) -> str:
 def _blank(contender: Contender, seed: int, why: str) -> Evaluation:
     cost = contender.trial.cost if contender.trial else Cost(values={})
     return Evaluation(seed=seed, architecture=contender.architecture, cost=cost, reason=why)
-
-
-def _name(contender: Contender) -> str:
-    what = f"trial {contender.trial.number}: " if contender.trial else "control: "
-    return what + placed(contender.architecture.specs)

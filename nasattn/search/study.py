@@ -109,8 +109,14 @@ class Study:
         return (database.parent if database else Path("runs")) / self.name
 
     def frontier(self, trials: Sequence[Trial] | None = None) -> list[Trial]:
-        """The scored trials that no other dominates, best accuracy last."""
-        scored = [t for t in trials or self.trials if t.score]
+        """The scored trials that no other dominates, best accuracy last. Where the space varies the
+        backbone, the plain one may be over the budget: it is no candidate then."""
+        limits = self.facts["limits"]
+        scored = [
+            trial
+            for trial in trials or self.trials
+            if trial.score and all(trial.cost.values[m] <= limits[m] for m in limits)
+        ]
         if not scored:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
@@ -170,14 +176,14 @@ class Study:
         """The frontier's member that stands out most."""
         front = self.frontier(trials)
         if not front:
-            raise UserError(f"the study '{self.name}' has no scored trial yet")
+            raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
         return front[knee(self._points(front))]
 
     def select(self, choice: str) -> Trial:
         """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
         front = self.frontier()
         if not front:
-            raise UserError(f"the study '{self.name}' has no scored trial yet")
+            raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
         if choice == "knee":
             return self.knee()
         if choice == "best":

@@ -167,7 +167,9 @@ def report(
     experiment: ExperimentFile = None,
     storage: Storage = None,
     study: StudyName = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; default: the study's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: `report` in the study's own.")
+    ] = None,
 ) -> None:
     """Draw the frontier, and which block does well at which site (PNG and SVG)."""
     from nasattn.report import write_report

@@ -31,6 +31,8 @@ POOLED = "with averages counted, as AutoNL's paper does"
 
 def quote(target: str, input_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
     """{"cost": {metric: number}, "by_site": [{"site", "spec", "cost"}], "notes": {name: text}}.
+    Of an architecture also `key`, `backbone` (the plain one's cost), `by_block`; of an experiment
+    `limits`, and of each row whether it `fits`.
 
     target: the YAML file of an architecture or of an experiment, or `package.module:function`, a
     function without arguments that returns an nn.Module. input_shape: of the module's input.

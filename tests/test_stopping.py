@@ -480,7 +480,7 @@ def test_stopped_trials_go_on_in_the_end_of_a_space_that_is_exhausted(
 def test_who_was_asked_for_fewer_trials_judges_as_who_was_asked_for_more(tmp_path: Path) -> None:
     search = searching(tmp_path, sampler="random")
     search.plan(60)
-    arguments: Any = (search.candidates, search.stopping, search.display.note)
+    arguments: Any = (search.stopping, search.display.note)
     for total, end in ((24, 60), (80, 80)):
         slots = Slots(search.study, total, search._leases(), search.gate, *arguments)
         assert [slots._all_begun([PROBED] * n) for n in (24, end - 1, end)] == [False, False, True]

@@ -199,12 +199,12 @@ def test_rungs_are_points_of_one_trunk(data: Data, tmp_path: Path) -> None:
     training = TRAINING | {"warmup": 0.125}
     halving = evaluator(data, tmp_path, training=training, **HALVING)
     halving.prepare(quiet)
-    assert halving.rungs == (2, 3, 6)
+    assert halving.experiment.rungs == (2, 3, 6)
     plain = evaluator(data, tmp_path, training=training)
     plain.prepare(quiet)
     without = plain(candidate(), quiet)
     scores = []
-    for rung, epochs in enumerate(halving.rungs):
+    for rung, epochs in enumerate(halving.experiment.rungs):
         score, weights = halving(candidate(), quiet, checkpoints=tmp_path / "kept", rung=rung)
         scores.append(score)
         assert score.accuracy == score.rungs[-1] and len(score.rungs) == rung + 1

@@ -59,8 +59,6 @@ class Evaluator:
     that cannot be used or written. files: where what lies in `folder` lies beside this disk.
     """
 
-    name = "train"
-
     def __init__(
         self,
         experiment: Experiment,
@@ -74,11 +72,6 @@ class Evaluator:
         self.note, self.files = note, files or Files()
         self._backbone: Weights | None = None
 
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        """Epochs at which a training may stop; the last: those of the whole schedule."""
-        return self.experiment.rungs
-
     def __call__(
         self,
         architecture: Architecture,
@@ -90,11 +83,11 @@ class Evaluator:
         """The mean score over the repeats, and the first repeat's weights. Raises TrialFailed.
 
         checkpoints: a folder of this architecture's own; what is found there is gone on with. rung:
-        train to this one of `rungs` and measure those before it too; None: train the whole schedule
-        and nothing beside it.
+        train to this one of the experiment's `rungs` and measure those before it too; None: train
+        the whole schedule and nothing beside it.
         """
         training = self.experiment.training
-        rungs = () if rung is None else self.rungs[: rung + 1]
+        rungs = () if rung is None else self.experiment.rungs[: rung + 1]
         scores, weights = [], None
         for repeat in range(training.seeds):
             seed = self.seed(architecture, repeat)
@@ -105,7 +98,7 @@ class Evaluator:
                 training,
                 seed,
                 start=self._facts() if training.warm_start else None,
-                rungs=self.rungs if rungs else (),
+                rungs=self.experiment.rungs if rungs else (),
             )
             score = fit(
                 network,
@@ -113,7 +106,6 @@ class Evaluator:
                 training,
                 seed=seed,
                 where=self.experiment.trainer,
-                evaluator=self.name,
                 tick=partial(_part, tick, repeat, training.seeds),
                 rungs=rungs,
                 checkpoints=files,
@@ -146,12 +138,11 @@ class Evaluator:
         )
         return score, weights_of(network)
 
-    def prepare(self, tick: Tick) -> bool:
-        """Have the plain backbone's weights ready; True when it was trained now. What trains is
-        loaded."""
+    def prepare(self, tick: Tick) -> None:
+        """Have the plain backbone's weights ready. What trains is loaded."""
         load_training(self.experiment.trainer)
         if not self.experiment.training.warm_start or self._backbone is not None:
-            return False
+            return
         self._backbone = self._stored()
         if self._backbone is None:
             kept = self.training
@@ -163,9 +154,8 @@ class Evaluator:
             store(self._file, self._backbone, facts)
             self.files.publish(self._file, must=True)
             self.files.drop(kept)
-            return True
+            return
         self.files.publish(self._file, must=True)  # its training may have ended before this one did
-        return False
 
     def _how_well(self, reached: float) -> str:
         """Of the plain backbone: within two standard errors of what the most frequent class alone

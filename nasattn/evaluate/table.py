@@ -49,8 +49,8 @@ class TableEvaluator:
         tick(1.0, score.accuracy)
         return score, {}
 
-    def prepare(self, tick: Tick) -> bool:
-        return False
+    def prepare(self, tick: Tick) -> None:
+        pass
 
     def estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds, as they were when the table was made."""

@@ -244,7 +244,6 @@ def fit(
     *,
     seed: int,
     where: TrainerFile,
-    evaluator: str = "train",
     batches: int | None = None,
     tick: Tick = lambda share, accuracy: None,
     rungs: Sequence[int] = (),
@@ -280,7 +279,7 @@ def fit(
         epochs=decay.spent,
         seconds=decay.seconds,
         seed=seed,
-        evaluator=evaluator,
+        evaluator="train",
         top5=last.get("top5"),
         rungs=tuple(trunk.rungs[str(rung)]["accuracy"] for rung in rungs),
     )

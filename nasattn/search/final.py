@@ -67,8 +67,9 @@ class Contender:
 
 
 def contenders(trials: Sequence[Trial], front: Sequence[Trial]) -> list[Contender]:
-    """The baseline, then the frontier's members, each with its control behind it; an architecture
-    stands there once, in all of its roles. A function of the search's trials alone."""
+    """The baseline, then the frontier's members, each with its control behind it; an architecture,
+    such as a control of several members, stands there once, in all of its roles. A function of the
+    search's trials alone."""
     by_key = {t.architecture.key: t for t in trials if t.score}
     found: dict[str, Contender] = {}
 

@@ -13,7 +13,7 @@ def title(name: str, final: Mapping[str, Any]) -> str:
 
 
 def table(final: Mapping[str, Any]) -> list[list[str]]:
-    """The head, then a row an architecture; a member's control stands right below it."""
+    """The head, then a row an architecture; a control below the first member of its sites."""
     seeds, split = final["seeds"], judged_on(final)
     splits = dict.fromkeys((split, "val"))
     lines = [["trial", *splits, "gain", "over SE", "on the frontier", "blocks"]]

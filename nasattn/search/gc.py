@@ -1,7 +1,8 @@
 """What of a study's files is still asked for, and the removal of the rest.
 
 Kept are the weights of the frontier and of the baseline, the plain backbone's, and whatever a trial
-that is not finished, or that was stopped and may be promoted, goes on from. All else can be trained
+that is not finished, or that was stopped and may be promoted, goes on from, as does a `final` that
+is not through. All else can be trained
 again to the same bits.
 """
 

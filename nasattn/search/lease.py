@@ -164,10 +164,6 @@ class Leases:
         except SQLAlchemyError:
             pass  # the database is gone; the others will see that this process is, too
 
-    def left_by_dead(self, name: str, table: Mapping[str, Lease]) -> bool:
-        """Whether a worker died that had the lease."""
-        return name in table and self.dead(table[name].owner, table)
-
     def renew(self) -> None:
         """One beat, and a look at those of the others."""
         with self.engine.begin() as connection:

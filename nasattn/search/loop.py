@@ -197,7 +197,6 @@ class Search:
             total,
             self.leases,
             self.gate,
-            self.candidates,
             self.stopping,
             self.display.note,
         )
@@ -264,7 +263,7 @@ class Search:
         files = slots.checkpoints(number)
         score, weights = job.trial.partial, None
         reached = len(score.rungs) if score else 0
-        for rung in range(reached, len(self.evaluator.rungs)) if self.stopping else [None]:
+        for rung in range(reached, len(self.stopping.rungs)) if self.stopping else [None]:
             # Also of a rung that was reached before: its worker may have died before it was judged.
             if score and not patiently(partial(slots.goes_on, job, score), self.display.note):
                 return None

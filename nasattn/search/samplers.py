@@ -2,8 +2,8 @@
 
 The gate corrects a proposal inside the sampler, before anything is stored (a suggested value cannot
 be changed afterwards): blocks too many for the budget or `max_blocks` are taken out at random, and
-what was proposed before is drawn again. A sampler that knows nothing yet, or never learns, is asked
-for nothing: the gate draws uniformly from what fits.
+what was proposed before is drawn again. One of Optuna's that knows nothing yet, or never learns, is
+asked for nothing: the gate draws uniformly from what fits.
 """
 
 import copy
@@ -33,17 +33,6 @@ from nasattn.seed import derive
 
 STARTUP = 10  # slots that are drawn uniformly before TPE has something to learn from
 TRIES = 10  # draws from the sampler before the gate takes the last one's nearest neighbours
-
-
-SAMPLERS: Mapping[str, Callable[["Gate", int], BaseSampler]] = {
-    "frontier": lambda gate, seed: frontier(gate, seed),
-    "tpe": lambda gate, seed: TPESampler(seed=seed, constant_liar=True),
-    "nsga2": lambda gate, seed: NSGAIISampler(
-        population_size=gate.search.population or 20, seed=seed
-    ),
-    "gp": lambda gate, seed: GPSampler(seed=seed),
-    "random": lambda gate, seed: RandomSampler(seed=seed),
-}
 
 
 def frontier(gate: "Gate", seed: int) -> FrontierSampler:
@@ -78,6 +67,17 @@ def frontier(gate: "Gate", seed: int) -> FrontierSampler:
 
     options = {name: CategoricalDistribution(v) for name, v in space.parameters.items()}
     return FrontierSampler(costs, seed, excluded, space=options, draw=draw)
+
+
+SAMPLERS: Mapping[str, Callable[["Gate", int], BaseSampler]] = {
+    "frontier": frontier,
+    "tpe": lambda gate, seed: TPESampler(seed=seed, constant_liar=True),
+    "nsga2": lambda gate, seed: NSGAIISampler(
+        population_size=gate.search.population or 20, seed=seed
+    ),
+    "gp": lambda gate, seed: GPSampler(seed=seed),
+    "random": lambda gate, seed: RandomSampler(seed=seed),
+}
 
 
 class Gate(BaseSampler):

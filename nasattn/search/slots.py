@@ -18,7 +18,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nasattn.errors import TrialFailed
 from nasattn.evaluate.checkpoint import STEP
 from nasattn.files import Files
-from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial
 from nasattn.search.lease import TRIAL, TURN, WORKER, Lease, Leases, trial_lease
 from nasattn.search.outage import patiently
@@ -70,11 +69,10 @@ class Slots:
         total: int,
         leases: Leases,
         gate: Gate,
-        candidates: Candidates,
         stopping: ParetoHalving | None,
         note: Callable[[str], None],
     ) -> None:
-        self.study, self.leases, self.gate, self.candidates = study, leases, gate, candidates
+        self.study, self.leases, self.gate = study, leases, gate
         self.stopping, self.note = stopping, note
         self.total, self.exhausted = total, False
 
@@ -207,9 +205,10 @@ class Slots:
             self.exhausted = True
             self.leases.release(trial_lease(slot))
             return self._promoted(rows, trials)  # more may go on when no new one is to come
-        architecture = self.candidates.space.draw(lambda name, labels: str(params[name]))
-        cost = self.candidates.pricing.cost(params)
-        excesses = {m: cost.values[m] - limit for m, limit in self.candidates.limits.items()}
+        candidates = self.gate.candidates
+        architecture = candidates.space.draw(lambda name, labels: str(params[name]))
+        cost = candidates.pricing.cost(params)
+        excesses = {m: cost.values[m] - limit for m, limit in candidates.limits.items()}
         # optuna-dashboard (0.21) reads constraints only by their key before Optuna 5.
         system = snapshot.kept | {"constraints": list(excesses.values())}
         system |= {f"constraints:{metric}": value for metric, value in excesses.items()}
@@ -289,7 +288,7 @@ def take_training(
     held = patiently(leases.table, note)
     if not patiently(lambda: leases.acquire(name), note):
         return None
-    if not leases.left_by_dead(name, held):
+    if name not in held or not leases.dead(held[name].owner, held):
         return ""
 
     def count() -> str:

@@ -1,9 +1,9 @@
 """Which candidates are trained on: asynchronous successive halving for several objectives.
 
 Every candidate is trained to the first rung, the best few of each rung on to the next. When no new
-one is to come, those stopped before go on, the best first, until the better half of each rung has.
-All is derived from the study's rows and how many there are to be, so any number of workers, and
-those that come later, decide alike.
+one is to come, those stopped before go on, the best first, until the better half of each rung has
+(one in `eta`, where that is more). All is derived from the study's rows and how many there are to
+be, so any number of workers, and those that come later, decide alike.
 After Li et al. 2020 (ASHA, https://arxiv.org/abs/1810.05934), who have one objective; ranks within
 bands of cost are in its place here, since the cheapest network is never dominated and would always
 survive.
@@ -66,7 +66,8 @@ class ParetoHalving:
 
     def survivors(self, level: int, trials: Sequence[Trial], *, all_begun: bool) -> list[Trial]:
         """Who goes on from a rung (0: the first), best first: the probes, and of the others one in
-        `eta` (two in the end) of all that reached it. A rung that is not trusted stops nobody."""
+        `eta` of all that reached it (in the end one in two, where that is more). A rung that is not
+        trusted stops nobody."""
         probes, trusted = self.probes(trials)
         here = [t for t in trials if len(reached(t)) > level]
         first = [t for t in here if t.number < probes]

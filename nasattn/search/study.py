@@ -243,7 +243,7 @@ class Study:
         evaluated before it left the frontier. A row has for `val` and `test` the mean with its 95 %
         interval and n; paired by seed the `gain` over the baseline and `over_control`; the `gap`
         from the search's own accuracy down to it; and `membership`, the probability to be
-        non-dominated, once all is done.
+        non-dominated, once all is done by two seeds or more.
         """
         trials = trials or self.trials
         stored = evaluations(self.optuna.user_attrs)
@@ -330,7 +330,7 @@ class Study:
         if not fitting:
             least = min(t.cost.values[metric] for t in front)
             raise UserError(
-                f"--select: nothing on the frontier has {choice_text(metric, limit)}; "
+                f"--select: nothing on the frontier has {metric} <= {limit:,.15g}; "
                 f"the least is {least:,}"
             )
         return fitting[-1]
@@ -375,10 +375,6 @@ def accuracy(trial: Trial) -> float:
     if trial.score is None:
         raise ValueError(f"trial {trial.number} has no score")
     return trial.score.accuracy
-
-
-def choice_text(metric: str, limit: float) -> str:
-    return f"{metric} <= {limit:,.15g}"
 
 
 def read_trial(row: FrozenTrial) -> Trial:

@@ -141,7 +141,7 @@ def search_with(
     total: int,
     count: int,
     display: Display,
-    launcher: Launcher | None = None,
+    launcher: Launcher,
     found: Study | None = None,
 ) -> Study:
     """Go on until the study has `total` finished trials, by `count` workers. found: see Search.
@@ -156,7 +156,7 @@ def search_with(
     if finished(study.trials) < total or study.promotable():
         search.announce(total, count)
     del search
-    crew = Crew(launcher or Local(experiment.trainer), study, count, display.note)
+    crew = Crew(launcher, study, count, display.note)
     follower, away, rest, progress = Follower(study, display), False, REST, 0
     try:
         with display:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from nasattn.config import Experiment, TrainerFile
 from nasattn.errors import Stopped, UserError
 from nasattn.search import launchers
 from nasattn.search.launchers import visible_devices
-from nasattn.search.slurm_launcher import SLURM, Queue, Slurm, read_options
+from nasattn.search.slurm_launcher import SLURM, Queue, Slurm, SlurmProcess, read_options
 from nasattn.search.study import Study
 from nasattn.search.workers import Crew, launcher
 
@@ -338,6 +339,15 @@ def job(tmp_path: Path, code: str, needs: list[str]) -> subprocess.Popen[bytes]:
     paths = f"Path({str(tmp_path / 'log')!r}), Path({str(tmp_path / 'code')!r})"
     run = "from nasattn.search.slurm_launcher import run_job; from pathlib import Path\n"
     return subprocess.Popen([sys.executable, "-c", f"{run}run_job(*{call!r}, {paths})"])
+
+
+def test_a_job_whose_time_was_over_says_so(tmp_path: Path) -> None:
+    ended = tmp_path / "code"
+    ended.write_text(str(-signal.SIGUSR2))
+    job = SimpleNamespace(job_id="7", done=lambda: False)
+    process = SlurmProcess(job, ended, None, print)
+    assert process.poll() == process.poll() == -signal.SIGUSR2
+    assert process.where == "job 7, whose time was over"
 
 
 def test_of_what_slurm_does_not_tell_nothing_is_concluded(

@@ -2,8 +2,7 @@
 
 Kept are the weights of the frontier and of the baseline, the plain backbone's, and whatever a trial
 that is not finished, or that was stopped and may be promoted, goes on from, as does a `final` that
-is not through. All else can be trained
-again to the same bits.
+is not through. All else can be trained again to the same bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

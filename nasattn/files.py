@@ -1,6 +1,7 @@
 """The files of a study, for whoever writes and reads them: on this disk, and perhaps elsewhere."""
 
 import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,10 +63,9 @@ def check_writable(folder: Path) -> None:
 def check_file(path: Path) -> Path:
     """Where a file of that name comes to lie: a link is followed. A UserError where none can be
     written; its folder is made where it is not there."""
-    try:
-        found = path.resolve()
-    except RuntimeError as error:
-        raise UserError(f"{path} is a link to itself") from error
+    found = Path(os.path.realpath(path))  # Path.resolve raises for a loop, or not, by the version
+    if found.is_symlink():
+        raise UserError(f"{path} is a link to itself; allowed: a file")
     if found.exists() and not found.is_file():
         raise UserError(f"{path} is {'a folder' if found.is_dir() else 'no file'}; allowed: a file")
     check_writable(found.parent)

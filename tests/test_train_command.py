@@ -66,7 +66,7 @@ def test_a_training_that_could_not_leave_its_weights_does_not_begin(
         kind, lambda: out.symlink_to(out)
     )()
     architecture = SearchSpace.of(settings.space).baseline()
-    with pytest.raises(UserError, match=f"out is {kind}"):
+    with pytest.raises(UserError, match=f"out is {kind}; allowed: a file"):
         train_architecture(
             architecture, settings, out, epochs=1, on_test=False, tick=lambda *_: None
         )

@@ -7,7 +7,8 @@
 #   tests/slurm.sh stop FOLDER     cancel its jobs and stop it
 #
 # All users must be able to pass through FOLDER, or munge refuses to keep its socket there. Keeps no
-# accounts (sacct knows nothing) and holds no job to its memory. Exit code 3: no Slurm is here.
+# accounts (sacct knows nothing) and holds no job to its memory. Exit code 3: no Slurm is here, or it does
+# not start.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin
 
@@ -29,7 +30,7 @@ start() {
     here || { echo "no Slurm is here" >&2; return 3; }
     local host user ports node
     folder=$1
-    trap 'stop "$folder"' EXIT # until all runs
+    trap 'stop "$folder"; exit 3' EXIT # until all runs
     host=$(hostname -s) user=$(id -un)
     mkdir -p "$folder/state"
     read -ra ports < <(python3 -c '
@@ -72,7 +73,7 @@ CONF
     export SLURM_CONF=$folder/slurm.conf
     slurmctld
     for node in 1 2 3 4 5 6; do slurmd -N "n$node"; done
-    srun --quiet --nodes 6 --immediate=60 true || { tail -n 20 "$folder"/*.log >&2; return 1; }
+    srun --quiet --nodes 6 --immediate=60 true || { tail -n 20 "$folder"/*.log >&2; return 3; }
     trap - EXIT
     echo "$SLURM_CONF"
 }
@@ -89,5 +90,5 @@ stop() {
 case "${1-} $#" in
     "install 1") install ;;
     "start 2" | "stop 2") "$1" "$(realpath -m "$2")" ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -66,6 +66,8 @@ class Seaweed:
         self.url = f"http://127.0.0.1:{ports[3]}"
         self.command = [program, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         self.command += [f"-dir={folder}/data", f"-s3.config={folder}/s3.json", "-volume.max=20"]
+        # Its own least is 1 % of the disk, below which it only reads.
+        self.command += ["-volume.minFreeSpace=100MiB"]
         self.command += ["-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         self.command += [f"-{part}={port}" for part, port in zip(parts, ports, strict=False)]
         self.command += [f"-{p}.grpc={n}" for p, n in zip(parts, ports[4:], strict=True)]

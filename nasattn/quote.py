@@ -21,6 +21,7 @@ from nasattn.document import load_yaml
 from nasattn.errors import UserError, suggest
 from nasattn.model import Shape, build, canonical, site_shapes
 from nasattn.pricing import Candidates, Pricing
+from nasattn.record import amount
 from nasattn.skeleton import SUFFIX
 from nasattn.space import SearchSpace
 
@@ -194,15 +195,12 @@ def _of_experiment(experiment: Experiment) -> dict[str, Any]:
     for metric in plain:
         ordered = sorted(singles, key=lambda s: s["cost"][metric])
         for word, single in (("cheapest", ordered[0]), ("dearest", ordered[-1])):
+            more = single["cost"][metric]
             notes[f"{word} insertion by {metric}"] = (
-                f"{single['spec']} @ {single['site']}: {_signed(single['cost'][metric])}"
+                f"{single['spec']} @ {single['site']}: {'+' * (more >= 0)}{amount(more)}"
             )
     return {"cost": plain, "limits": limits, "by_site": singles, "notes": notes}
 
 
 def _many(count: float) -> str:
     return f"{count:,.0f}" if count < 1e9 else f"{count:.4g}"
-
-
-def _signed(cost: int | float) -> str:
-    return f"{cost:+,}" if isinstance(cost, int) else f"{cost:+.4g}"

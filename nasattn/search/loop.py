@@ -334,7 +334,7 @@ class Search:
         self.display.tick(share, accuracy)
         self.leases.doing |= {"share": round(share, 3), "accuracy": accuracy}
 
-    def train_again(self, trial: Trial) -> Weights:
+    def train_again(self, trial: Trial, token: str) -> Weights:
         """A scored trial's weights, from the same seed; kept again where it does as well."""
         self.display.note(f"the weights of trial {trial.number} are gone: it is trained again")
         with self._leases() as self.leases, self.display:
@@ -347,7 +347,6 @@ class Search:
                 "another machine or another version computes a little differently"
             )
             return weights
-        token = self.study.rows()[trial.number].user_attrs.get(TOKEN, "")
         with suppress(OSError):  # they are at hand
             self._keep(trial, token, again, weights, must=False)
         return weights
@@ -386,15 +385,16 @@ def _facts(path: Path) -> dict[str, str]:
 def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
     """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again."""
     path = weights_file(study, trial.number)
+    token = study.rows()[trial.number].user_attrs.get(TOKEN, "")
     share(study, open_store(study.config.artifacts, study), display.note)
     study.files.fetch(path)
     try:
         # One of another database's study may have lain there since.
-        if _facts(path).get("of", "") == study.rows()[trial.number].user_attrs.get(TOKEN, ""):
+        if _facts(path).get("of", "") == token:
             return load_file(path)
         display.note(f"{path} is of another study")
     except FileNotFoundError:
         pass
     except (OSError, SafetensorError) as error:
         display.note(f"{path} cannot be read: {error}")
-    return Search(study.config, display).train_again(trial)
+    return Search(study.config, display).train_again(trial, token)

@@ -372,7 +372,8 @@ def _search(
             complete, done = found.complete(experiment, total), finished(found.trials)
         if complete and launcher == "local" and not options:  # others are checked all the same
             found.write_frontier()
-            print(f"the study '{found.name}' is complete: {done} trials")
+            found.write_final()
+            print(found.completed())
             print_results(found)
             return
         # Before the seconds that it takes to load what trains.

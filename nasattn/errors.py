@@ -15,6 +15,10 @@ class TrialFailed(Exception):
     """One evaluation cannot give a score; the message is the reason that is recorded."""
 
 
+class DataFailed(TrialFailed):
+    """That was not the architecture's fault: the next evaluation reads the same data."""
+
+
 class Stopped(Exception):
     """The work cannot go on for now, and nothing is lost: the message says why. Exit code 1."""
 

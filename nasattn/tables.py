@@ -69,9 +69,10 @@ def print_final(study: "Study") -> None:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """A line for each, whole: for files and pipes."""
+    from nasattn.search.final_text import count
+
     if final := summary["final"]:
-        done = f"{final['done']} of {final['evaluations']} evaluations"
-        summary = summary | {"final": done}
+        summary = summary | {"final": count(final)}
     for key, value in summary.items():
         if key not in ("halving", "remarks", "workers", "failures"):
             shown = f"{value:.4f}" if isinstance(value, float) else value

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from nasattn.config import CuedDigits, ImageFolder
 from nasattn.data import Data, Split, cued_digits, image_folder, load, stratify
 from nasattn.data.cued_digits import MEAN, STD
-from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.errors import DataFailed, Stopped, UserError
 
 CUED = ((1, 32, 64), 10)
 
@@ -497,12 +497,15 @@ def test_ten_broken_files_are_named_and_the_rest_counted(tmp_path: Path) -> None
 def test_a_file_that_breaks_later_fails_the_trial_by_name(tmp_path: Path) -> None:
     data = folder(fill(tmp_path, SPLITS))
     (tmp_path / "train/b/02.png").write_bytes(b"gone")
-    with pytest.raises(TrialFailed, match=r"train/b/02\.png"):
+    with pytest.raises(DataFailed, match=r"^/\S*/train/b/02\.png could be .*cannot: cannot ident"):
         list(data.loader("train", 8, 0))
 
 
-def test_a_folder_that_goes_away_ends_the_search(tmp_path: Path) -> None:
+def test_a_file_or_a_folder_that_goes_away_ends_the_search(tmp_path: Path) -> None:
     data = folder(fill(tmp_path, SPLITS))
+    (tmp_path / "train/b/02.png").unlink()
+    with pytest.raises(Stopped, match=r"^/\S*/train/b/02\.png is not there any more: put it back"):
+        list(data.loader("train", 8, 0))
     (tmp_path / "train").rename(tmp_path / "unmounted")
     with pytest.raises(Stopped, match=r"the folder .*train.* is not there any more"):
         list(data.loader("train", 8, 0))

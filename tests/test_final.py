@@ -315,6 +315,27 @@ def test_what_left_the_frontier_is_still_shown(study: Study) -> None:
     assert row["test"]["mean"] == 0.4 and row["test"]["membership"] is None
 
 
+def test_a_former_member_has_its_control_still(study: Study) -> None:
+    fill(study)
+    keys = {c.architecture.key for c in contenders(study.trials, study.frontier())}
+    outsider, control = next(
+        (t, c)
+        for t in study.trials
+        if t.score and t.architecture.key not in keys
+        if (c := control_of(t.architecture)) and c.key not in keys
+    )
+    evaluate(study, outsider.architecture, 0, val=0.5, test=0.4)
+    evaluate(study, control, 0, val=0.5, test=0.3)
+    final = study.final()
+    assert final is not None
+    member, beside = final["rows"][-2:]
+    assert (member["key"], beside["key"]) == (outsider.architecture.key, control.key)
+    assert (member["roles"], beside["roles"]) == (["former"], ["control"])
+    assert member["test"]["over_control"]["mean"] == pytest.approx(0.1)
+    names = [line[0] for line in final_text.table(final)][-2:]
+    assert names == [f"{outsider.number} (left the frontier)", "(SE)"]
+
+
 def test_without_test_only_val_is_asked_for(fake_study: FakeStudy) -> None:
     study = fake_study(8, final={"seeds": 1, "test": False})
     for contender in contenders(study.trials, study.frontier()):
@@ -472,8 +493,10 @@ def test_all_that_is_asked_for_is_evaluated_once(
     assert Counter(epochs for epochs, _ in trained.fits) == {1: final["evaluations"], 2: 2}
     assert len({seed for _, seed in trained.fits}) == len(trained.fits), "no seed twice"
     assert json.loads((study.folder / "final.json").read_text()) == final
+    (study.folder / "final.json").unlink()  # as if it had died just before
     run(path)
     assert len(trained.fits) == final["evaluations"] + 2, "nothing is left to do"
+    assert json.loads((study.folder / "final.json").read_text()) == final
 
 
 def test_kills_change_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,6 +682,12 @@ def test_final_may_be_asked_for_and_changed_later(
         run(write(training={"epochs": 1, "batch_size": 32, "lr": 0.02, "warm_start": True}))
     facts = tested.optuna.user_attrs[FACTS]["experiment"]
     assert facts["final"] == {"seeds": 2, "test": True} and facts["search"]["trials"] == 4
+    for seeds in (1, 2):  # nothing has to be trained
+        final = run(write(final={"seeds": seeds, "test": True})).final()
+        assert final and final["seeds"] == seeds
+        assert json.loads((study.folder / "final.json").read_text()) == final
+    run(write(final=None))
+    assert not (study.folder / "final.json").exists()
 
 
 def test_without_a_warm_start_all_are_trained_by_the_full_schedule(

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from nasattn import cli
 from nasattn.errors import UserError
-from nasattn.record import Trial
+from nasattn.record import Cost, Trial
 from nasattn.search import display as display_module
 from nasattn.search import outage
 from nasattn.search.display import REDRAW, Display, Worker, duration, sparkline
+from nasattn.search.final import Evaluation, contenders
 from nasattn.search.study import Study, accuracy
 from nasattn.search.watch import Follower, described, watch
 from nasattn.tables import print_summary
@@ -287,6 +288,33 @@ def test_who_looks_on_a_study_that_nobody_works_on_is_told(
         monkeypatch.setattr("time.sleep", stop)
         watch(whole, display, 0.01)
         assert text.getvalue().count("nobody works on it") == told
+
+
+def test_the_final_is_followed_too(fake_study: FakeStudy) -> None:
+    study = fake_study(6, failures=1, search={"trials": 6}, final={"seeds": 1, "test": False})
+    display, text = plain()
+    follower = Follower(study, display)
+    asked = study.final_progress(study.trials)
+    assert asked is not None and follower.look(), "nobody works on it, but it is not over"
+    assert text.getvalue() == f"final: {asked['evaluations']} evaluations to go\n"
+    for count, contender in enumerate(contenders(study.trials, study.frontier()), 1):
+        reason = "" if count > 1 else "out of memory"
+        made = Evaluation(
+            seed=0,
+            architecture=contender.architecture,
+            cost=Cost(values={}),
+            val=None if reason else 0.8,
+            reason=reason,
+        )
+        study.optuna.set_user_attr(made.name, made.as_dict())
+        over = count == asked["evaluations"]
+        assert follower.look() is not over
+        (told,) = text.getvalue().splitlines()[count:]
+        outcome = f"failed: {reason}" if reason else "val 0.8000"
+        assert told.startswith(f"final, seed 0: {outcome}")
+        assert told.endswith(f"[{asked['evaluations'] - count} to go]")
+    (row,) = (line for line in panel(display, 120) if line.startswith("final"))
+    assert row.rstrip().endswith(f"{count} of {count} evaluations, 1 failed")
 
 
 def test_a_study_may_be_named_beside_a_file(whole: Study, tmp_path: Path) -> None:

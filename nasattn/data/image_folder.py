@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nasattn.config import ImageFolder
 from nasattn.data import Batch, Data, Shape, stratify
-from nasattn.errors import Stopped, TrialFailed, UserError, suggest
+from nasattn.errors import DataFailed, Stopped, UserError, suggest
 
 Files = list[tuple[Path, int]]
 Stamp = tuple[int, int]  # a file's size in bytes, and when it was changed last (ns)
@@ -81,9 +81,13 @@ class Images:
         try:
             image = decode(path, channels)
         except Exception as error:  # a decoder may raise anything on a damaged file
-            if not os.path.isdir(path.parent):  # Path's own raises for a network that is gone
-                raise Stopped(f"the folder {path.parent} is not there any more") from error
-            raise TrialFailed(f"{path} could be read before, now it cannot: {error}") from error
+            if not os.path.isfile(path):  # Path's own raises for a network that is gone
+                lost = path if os.path.isdir(path.parent) else f"the folder {path.parent}"
+                raise Stopped(
+                    f"{lost} is not there any more: put it back, the same command goes on"
+                ) from error
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise DataFailed(f"{path} could be read before, now it cannot: {why}") from error
         box = _centre(image.size, self.input) if rng is None else _crop(image.size, self.input, rng)
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255

@@ -41,7 +41,8 @@ def _draw_panel(axes: Axes, final: Mapping[str, Any], metric: str, plain: float)
     rows = [r for r in final["rows"] if r["cost"].get(metric) is not None and r[split]]
     base = [r for r in rows if "baseline" in r["roles"]]
     members = [r for r in rows if "frontier" in r["roles"] and r not in base]
-    controls = [r for r in rows if r["roles"] == ["control"]]
+    beside = {r["control"] for r in members}
+    controls = [r for r in rows if r["roles"] == ["control"] and r["key"] in beside]
     values = [r["cost"][metric] for r in rows]
     extent = max(values) - min(values) or max(values)
     step = 0.008 * extent  # intervals at one cost stand side by side

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -20,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nasattn.record import Trial, amount, counted
+from nasattn.search import final_text
+from nasattn.search.final import Evaluation
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import Study, accuracy, finished
 from nasattn.skeleton import in_words
@@ -117,6 +119,7 @@ class Display:
         self.trials: list[Trial] = []
         self.workers: Sequence[Worker] = ()
         self.refused = 0
+        self.final: Mapping[str, int] | None = None  # how far it is
         self._redrawn = 0.0
         self._to_come: tuple[list[Trial] | None, list[float]] = (None, [])
         self._told = 0  # lines of what the rungs are worth, which only grow
@@ -146,6 +149,7 @@ class Display:
     def begin(self, study: Study, total: int) -> None:
         self.study, self.total = study, total
         self.trials = study.trials
+        self.final = study.final_progress(self.trials)
         self._tell_rungs()
         self._draw()
 
@@ -183,6 +187,13 @@ class Display:
         )
         self._tell_rungs()
 
+    def retrained(self, evaluation: Evaluation, left: str) -> None:
+        """An evaluation of the `final` is done; left: what is to come."""
+        assert self.study is not None
+        self.final = self.study.final_progress(self.trials)
+        blocks = in_words(self.study.config.space, evaluation.architecture)
+        self.note(f"{final_text.told(evaluation, blocks)}  [{left}]")
+
     def show(self, workers: Sequence[Worker], trials: list[Trial], refused: int) -> None:
         """How far the study is, and what all of its workers do."""
         self.workers, self.trials, self.refused = workers, trials, refused
@@ -217,6 +228,9 @@ class Display:
         share = bar(done / max(1, self.total), 24)
         grid.add_row("trials", Text.assemble(share, f"  {done}/{self.total}  {told}"))
         self._add_results(grid)
+        if self.final:
+            share = bar(self.final["done"] / max(1, self.final["evaluations"]), 24)
+            grid.add_row("final", Text.assemble(share, f"  {final_text.count(self.final)}"))
         if halving := self._halving:
             if told := halving.trainings(self._coming(halving)):
                 grid.add_row("to come", Text(told))

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from nasattn.architecture import Architecture, Placement
-from nasattn.config import Experiment
+from nasattn.config import Experiment, Final
 from nasattn.record import Cost, Trial
 from nasattn.seed import derive
 from nasattn.skeleton import in_words
@@ -111,6 +111,16 @@ def evaluations(attributes: Mapping[str, Any]) -> dict[tuple[str, int], Evaluati
     return {(e.architecture.key, e.seed): e for e in read}
 
 
+def progress(
+    final: Final, planned: Sequence[Contender], stored: Mapping[tuple[str, int], Evaluation]
+) -> dict[str, int]:
+    """How many evaluations it asks for, and how many of them are done and have failed."""
+    asked = [stored.get((c.architecture.key, s)) for c in planned for s in range(final.seeds)]
+    done = [e for e in asked if e and e.done(final.test)]
+    failed = sum(bool(e.reason) for e in done)
+    return {"evaluations": len(asked), "done": len(done), "failed": failed}
+
+
 def summarise(
     experiment: Experiment,
     trials: Sequence[Trial],
@@ -125,21 +135,26 @@ def summarise(
     left = {e.architecture.key: e.architecture for e in stored.values()}
     by_key = {t.architecture.key: t for t in trials if t.score}
     # Tested before the search was extended, and dominated since: shown, as all that was tested is.
+    pairs = {key: control.key for key, a in left.items() if (control := control_of(a))}
     former = [
-        Contender(architecture=a, trial=by_key.get(key), roles=("former",))
-        for key, a in sorted(left.items())
+        Contender(
+            architecture=a,
+            trial=by_key.get(key),
+            roles=("control" if key in pairs.values() else "former",),
+            control=pairs.get(key),
+        )
+        for key, a in sorted(left.items(), key=lambda item: (item[0] in pairs.values(), item[0]))
         if key not in keys
     ]
     table = {
         c.architecture.key: [stored.get((c.architecture.key, s)) for s in range(final.seeds)]
         for c in [*planned, *former]
     }
-    asked = [e for c in planned for e in table[c.architecture.key]]
-    done = [e for e in asked if e and e.done(final.test)]
+    counts = progress(final, planned, stored)
     rows = [_row(experiment, c, table) for c in [*planned, *former]]
     for row in rows:
         row.update({split: _figures(row, split, rows) for split in SPLITS})
-    if len(done) == len(asked):
+    if counts["done"] == counts["evaluations"]:
         seed = derive(experiment.search.seed, FINAL)
         for split in SPLITS:
             _judge([r for r in rows if _competes(r)], split, experiment.costs, seed)
@@ -147,9 +162,7 @@ def summarise(
         "seeds": final.seeds,
         "test": final.test,
         "warm_start": experiment.training.warm_start,
-        "evaluations": len(asked),
-        "done": len(done),
-        "failed": sum(bool(e.reason) for e in done),
+        **counts,
         "gap": {split: _gaps(rows, split) for split in SPLITS},
         "rows": [{k: v for k, v in row.items() if k != "raw"} for row in rows],
     }

@@ -4,8 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from nasattn.record import counted
+from nasattn.search.final import Evaluation
 
 ROLES = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
+
+
+def told(evaluation: Evaluation, blocks: str) -> str:
+    """One evaluation that is done, on a line."""
+    figures = {"test": evaluation.test, "val": evaluation.val}
+    shown = [f"{split} {value:.4f}" for split, value in figures.items() if value is not None]
+    outcome = ", ".join(shown) or f"failed: {evaluation.reason}"
+    return f"final, seed {evaluation.seed}: {outcome}  {blocks}"
+
+
+def count(final: Mapping[str, int]) -> str:
+    """`3 of 10 evaluations, 1 failed`."""
+    failed = f", {final['failed']} failed" if final["failed"] else ""
+    return f"{final['done']} of {final['evaluations']} evaluations{failed}"
 
 
 def title(name: str, final: Mapping[str, Any]) -> str:

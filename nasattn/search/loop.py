@@ -108,6 +108,7 @@ class Search:
                 self.study, self.data, self.display, self.leases, self._machine, self._remark
             )
             final.run()
+            self.display.note(self.study.completed())
         return self.study
 
     def _leases(self) -> Leases:
@@ -208,13 +209,11 @@ class Search:
                 self._sweep(turn.trials)
                 ended = None
             if turn.over:
-                done = finished(turn.trials)
                 self._sweep(turn.trials)
-                self.display.note(f"the study '{self.study.name}' is complete: {done} trials")
                 return
             if turn.job is None:
                 if not waits:
-                    task = f"waiting for {turn.others} trials of other workers"
+                    task = f"waiting for {counted(turn.others, 'trial')} of other workers"
                     self.display.start(task, waits=True)
                     self.leases.doing = {"task": self.display.task}
                 waits = True

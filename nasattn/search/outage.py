@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
 
-from nasattn.errors import DeviceLost, Stopped, TrialFailed, reason
+from nasattn.errors import DataFailed, DeviceLost, Stopped, TrialFailed, reason
 
 T = TypeVar("T")
 
@@ -86,7 +86,8 @@ class Machine:
         if full(error):
             raise full_disk(error) from error
         why = reason(error)
-        self._broken = 0 if isinstance(error, TrialFailed) else self._broken + 1
+        own = isinstance(error, TrialFailed) and not isinstance(error, DataFailed)
+        self._broken = 0 if own else self._broken + 1
         if self._broken == MOST_BROKEN:
             raise Stopped(
                 f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is left "

@@ -52,8 +52,11 @@ class Retraining:
 
     def run(self) -> None:
         """Evaluate until nothing is left, here or at another worker."""
-        if self.experiment.final is None or not self._left():
-            return
+        if self.experiment.final is not None and self._left():
+            self._retrain()
+        patiently(self.study.write_final, self.display.note)
+
+    def _retrain(self) -> None:
         if self.display.study is None:
             self.display.begin(self.study, len(self.study.trials))
         self._announce()
@@ -66,7 +69,6 @@ class Retraining:
                 self._start("waiting for what other workers evaluate")
             waits = job is None
             time.sleep(WAIT * waits)
-        patiently(self.study.write_final, self.display.note)
 
     def _left(self) -> list[Job]:
         final, stored = self.experiment.final, self._stored()
@@ -177,13 +179,9 @@ class Retraining:
         patiently(
             lambda: self.study.optuna.set_user_attr(evaluation.name, value), self.display.note
         )
-        figures = {"test": evaluation.test, "val": evaluation.val}
-        shown = [f"{split} {value:.4f}" for split, value in figures.items() if value is not None]
         seconds, _ = self._ahead()
-        self.display.note(
-            f"final, seed {evaluation.seed}: {', '.join(shown) or f'failed: {evaluation.reason}'}  "
-            f"{in_words(self.experiment.space, evaluation.architecture)}  "
-            f"[{len(self._left())} to go, about {duration(seconds)} left]"
+        self.display.retrained(
+            evaluation, f"{len(self._left())} to go, about {duration(seconds)} left"
         )
 
     def _announce(self) -> None:

@@ -24,7 +24,7 @@ from nasattn.files import Files, replace_file
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.database import shown, sqlite_path
-from nasattn.search.final import evaluations, summarise
+from nasattn.search.final import contenders, evaluations, progress, summarise
 from nasattn.search.lease import Watch, workers
 from nasattn.search.rows import Database
 from nasattn.search.stopping import ParetoHalving
@@ -173,10 +173,12 @@ class Study:
         return hypervolume(points, reference) / box if box > 0 else 0.0
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
-        """The frontier's member that stands out most."""
+        """The frontier's member that stands out most, of equal ones the most accurate. The plain
+        backbone, for which nobody has to search, only where there is no other."""
         front = self.frontier(trials)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
+        front = [t for t in reversed(front) if not t.baseline] or front
         return front[knee(self._points(front))]
 
     def select(self, choice: str) -> Trial:
@@ -204,7 +206,7 @@ class Study:
         trials = self.trials if trials is None else trials
         if finished(trials) < total or self.promotable(trials):
             return False
-        final = self.final(trials)
+        final = self.final_progress(trials)
         return final is None or final["done"] == final["evaluations"]
 
     def complete(self, experiment: Experiment, total: int) -> bool:
@@ -248,6 +250,19 @@ class Study:
         trials = trials or self.trials
         stored = evaluations(self.optuna.user_attrs)
         return summarise(self.config, trials, self.frontier(trials), stored)
+
+    def final_progress(self, trials: Sequence[Trial]) -> dict[str, int] | None:
+        """How many of its evaluations are asked for, done, and have failed."""
+        if self.config.final is None:
+            return None
+        planned = contenders(trials, self.frontier(trials))
+        return progress(self.config.final, planned, evaluations(self.optuna.user_attrs))
+
+    def completed(self) -> str:
+        """That it is over, in words."""
+        states = [t.state for t in self.trials]
+        failed = f", {count} of them failed" if (count := states.count("failed")) else ""
+        return f"the study '{self.name}' is complete: {finished(self.trials)} trials{failed}"
 
     def summary(self) -> dict[str, Any]:
         """How far the study is, as plain data."""
@@ -358,8 +373,11 @@ class Study:
             replace_file(folder / "frontier.csv", text.getvalue())
 
     def write_final(self) -> None:
-        """final.json in the study's folder: what `final` returns."""
-        replace_file(self.folder / "final.json", json.dumps(self.final(), indent=2) + "\n")
+        """final.json in the study's folder: what `final` returns; none where there is no final."""
+        if (final := self.final()) is None:
+            (self.folder / "final.json").unlink(missing_ok=True)
+        else:
+            replace_file(self.folder / "final.json", json.dumps(final, indent=2) + "\n")
 
 
 def claim(slot: int, architecture: Architecture, cost: Cost) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nasattn.record import FINISHED
+from nasattn.record import FINISHED, Trial, counted
 from nasattn.search.display import Display, Worker
+from nasattn.search.final import evaluations
 from nasattn.search.lease import Watch
 from nasattn.search.outage import patiently
 from nasattn.search.study import Study, finished
@@ -22,6 +23,8 @@ class Follower:
         self._workers: set[str] | None = None
         self._remarks: set[str] = set()
         self._backbone = False  # whether its training was told
+        self._final = False  # whether its beginning was told
+        self._evaluated: set[tuple[str, int]] | None = None  # of the `final`, what was told
 
     def look(self) -> bool:
         """Show what there is now, and say what has come since the last look, if this is not the
@@ -43,11 +46,27 @@ class Follower:
             for trial in trials:
                 if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
                     display.end(trial, trials, refused)
+        self._tell_final(trials)
         self._workers = {w.where for w in workers}
         self._remarks = set(remarks)
         self._states = {t.number: t.state for t in trials}
         display.show(workers, trials, refused)
-        return bool(workers) or finished(trials) < total
+        return bool(workers) or not self.study.over(total, trials)
+
+    def _tell_final(self, trials: Sequence[Trial]) -> None:
+        display, final = self.display, self.study.config.final
+        display.final = self.study.final_progress(trials)
+        if final is None or display.final is None:
+            return
+        stored = evaluations(self.study.optuna.user_attrs)
+        done = {key for key, evaluation in stored.items() if evaluation.done(final.test)}
+        left = display.final["evaluations"] - display.final["done"]
+        if left and not self._final and finished(trials) >= display.total:
+            display.note(f"final: {counted(left, 'evaluation')} to go")
+            self._final = True
+        for key in sorted(done - (done if self._evaluated is None else self._evaluated)):
+            display.retrained(stored[key], f"{left} to go")
+        self._evaluated = done
 
     def _tell_workers(self, workers: Sequence[Worker]) -> None:
         before, now = self._workers or set(), {w.where for w in workers}
@@ -89,7 +108,7 @@ def watch(study: Study, display: Display, interval: float) -> None:
             if not display.console.is_terminal:
                 done = f"{finished(display.trials)} of {display.total} trials"
                 display.note(f"{study.name}: {done}, {display.summary()}")
-            if not display.workers and finished(display.trials) < display.total:
+            if not display.workers and not study.over(display.total, display.trials):
                 display.note("nobody works on it; it goes on by `nasattn search` or `resume`")
             while look():
                 time.sleep(interval)

@@ -181,5 +181,6 @@ def search_with(
     if away or (crew.last_words and not study.over(total)):
         raise Stopped(crew.last_words or "the database does not answer")
     if study.over(total):
-        display.note(f"the study '{study.name}' is complete: {finished(study.trials)} trials")
+        study.write_final()
+        display.note(study.completed())
     return study

@@ -158,6 +158,8 @@ def status(
         display = Display(terminal)
         Follower(found, display).look()
         terminal.print(display.panel())
+        for text in found.remarks():
+            display.note(text)
     else:
         print_summary(found.summary())
 
@@ -235,7 +237,7 @@ def gc(
     if limit is not None and done.left > limit:
         print(
             f"nasattn: --max-gb: got {max_gb:g}; the frontier, the baseline and what is not "
-            f"finished need {done.left / GB:.3g}",
+            f"finished need {done.left / GB:.3g} GB",
             file=sys.stderr,
         )
         raise typer.Exit(1)

@@ -111,6 +111,11 @@ class CuedDigits(Strict):
     noise: Annotated[Float, Field(ge=0, le=1)] = 0.1
 
 
+def _each(value: object) -> object:
+    """One number as a list of it."""
+    return tuples([value] if isinstance(value, (int, float, str)) else value)
+
+
 class ImageFolder(Strict):
     """Images in folders, one a class: `root/{train,val,test}/CLASS/`, or `root/CLASS/` split by a
     seed.
@@ -124,8 +129,8 @@ class ImageFolder(Strict):
     name: Literal["image_folder"]
     root: Path
     size: Positive | None = None
-    mean: Annotated[tuple[Float, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
-    std: Annotated[tuple[Rate, ...], BeforeValidator(tuples), Field(min_length=1)] | None = None
+    mean: Annotated[tuple[Float, ...], BeforeValidator(_each), Field(min_length=1)] | None = None
+    std: Annotated[tuple[Rate, ...], BeforeValidator(_each), Field(min_length=1)] | None = None
     augment: Literal["none", "crop_flip", "crop_flip_color"] = "crop_flip"
     val: Annotated[Float, Field(gt=0, lt=1)] = 0.15
     test: Annotated[Float, Field(gt=0, lt=1)] = 0.15

@@ -192,7 +192,7 @@ class Candidates:
         baseline: dict[str, str] = {}
         what, over = "the plain backbone", excess(self.pricing(baseline), self.limits)
         if not over or self.space.skeleton:
-            what = "the cheapest change of it"
+            what = "the cheapest change of the plain backbone"
             over = min(
                 (
                     excess(self.pricing({name: label}), self.limits)
@@ -202,8 +202,8 @@ class Candidates:
                 key=lambda e: sum(value / self.limits[m] for m, value in e.items()),
             )
         parts = [
-            f"{metric} by {value:,.15g} "
-            f"({value / self.limits[metric]:.1%} of {self.limits[metric]:,.15g})"
+            f"{metric} by {value:,.10g} ({self.limits[metric]:,.10g} allowed, "
+            f"the plain backbone has {self.pricing.plain[metric]:,.10g})"
             for metric, value in over.items()
         ]
         raise UserError(f"budget: nothing fits; {what} exceeds {' and '.join(parts)}")

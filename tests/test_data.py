@@ -651,6 +651,9 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 def test_pixels_are_normalised_as_for_imagenet_unless_said(
     tmp_path: Path, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
+    fields = {"name": "image_folder", "root": tmp_path, "mean": 0.5, "std": "1e-1"}
+    one = ImageFolder.model_validate(fields)
+    assert (one.mean, one.std) == ((0.5,), (0.1,))
     data = folder(fill(tmp_path, SPLITS), channels=channels, mean=None, std=None)
     x, _ = data.val.__getitems__([1])
     wanted = (1 / 255 - torch.tensor(mean)) / torch.tensor(std)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from nasattn.pareto import hypervolume
@@ -983,6 +983,38 @@ def test_a_parameter_that_is_kept_from_the_sampler_is_named() -> None:
     study = optuna.create_study(directions=["minimize"] * 2, sampler=fixing)
     with pytest.raises(ValueError, match=r"\['site0'\] are kept from this sampler.*`space`"):
         study.optimize(objective, n_trials=3)
+
+
+@pytest.mark.parametrize("bad", [{"costs": {1: 5}}, {"constraints": 5}, {"constraints": [5]}])
+def test_what_is_no_function_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="costs and constraints have to be functions"):
+        FrontierSampler(**{"costs": {1: cost}} | bad)
+
+
+@pytest.mark.parametrize("axis", [IntDistribution(0, 3), list(OPTIONS)])
+def test_a_space_that_is_not_categorical_is_refused(axis: Any) -> None:
+    with pytest.raises(ValueError, match=r"\['site0'\] are not categorical"):
+        FrontierSampler({1: cost}, space=SPACE | {"site0": axis})
+
+
+def test_options_that_cannot_be_compared_are_refused() -> None:
+    with pytest.warns(UserWarning, match="persistent storage"):
+        space = {"a": CategoricalDistribution([[1, 2], [3, 4]])}  # type: ignore[list-item]
+    study = study_of(FrontierSampler({1: lambda p: 0.0}, space=space))
+    with pytest.raises(ValueError, match="unhashable type: 'list'; allowed as options: None, bool"):
+        study.ask(space)
+
+
+def test_costs_that_are_never_finite_are_named_when_nothing_is_left() -> None:
+    study = study_of(FrontierSampler({1: lambda p: math.nan}, space=SPACE))
+    with pytest.raises(Exhausted, match=r"known costs of the objectives \[1\] are not finite"):
+        study.ask(SPACE)
+
+
+def test_a_known_cost_that_trials_do_not_have_is_told() -> None:
+    study = study_of(FrontierSampler({1: lambda p: -cost(p)}, space=SPACE))
+    with pytest.warns(UserWarning, match=r"costs\[1\] gives -\S+ for a trial whose objective 1 is"):
+        study.optimize(objective, n_trials=12)
 
 
 def test_costs_are_named_by_their_index() -> None:

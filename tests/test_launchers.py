@@ -443,6 +443,21 @@ def test_a_worker_that_cannot_be_replaced_leaves_the_others_at_work(
         team.dismiss()
 
 
+def test_a_worker_on_a_full_disk_leaves_no_message_but_the_disk_tells(
+    fake_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(launchers.Local):
+        def start(self, command: Any, *arguments: Any) -> launchers.LocalProcess:
+            return super().start(["false"], *arguments)
+
+    for free, told in ((10**9, "it left no message"), (0, "is full: make room")):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, f=free: SimpleNamespace(free=f))
+        team = Crew(Failing(TrainerFile(accelerator="cpu")), fake_study(), 1, lambda text: None)
+        while team.tend(0):
+            time.sleep(0.01)
+        assert told in team.last_words
+
+
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")

@@ -289,7 +289,7 @@ def _sites_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
         "A cell is the mean gain over the plain backbone "
         f"({100 * accuracy(baseline):.2f} %) of the n scored trials with that block at that site: "
         "a mean over whatever stood beside it, not an effect of the block alone. "
-        f"Hatched: never tried. {'x: cannot stand there. ' if barred else ''}{_unscored(trials)}"
+        f"Hatched: never scored. {'x: cannot stand there. ' if barred else ''}{_unscored(trials)}"
     ]
 
 

@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -87,14 +88,18 @@ class FrontierSampler(BaseSampler):
     ) -> None:
         if odd := [index for index in costs if not isinstance(index, (int, np.integer))]:
             raise ValueError(f"costs: got the key {odd[0]!r}; allowed: indices of objectives")
+        given = [constraints] if callable(constraints) else constraints or []
+        if not isinstance(given, Sequence) or not all(map(callable, [*given, *costs.values()])):
+            raise ValueError("costs and constraints have to be functions of the parameters")
+        _check_categorical(space or {})
         self.costs, self.seed, self.space, self.draw = (
             dict(sorted(costs.items())),
             seed,
             space,
             draw,
         )
-        given = [constraints] if callable(constraints) else constraints or []
         self.constraints: tuple[Function, ...] = tuple(given)
+        self._odd: set[int] = set()  # objectives whose known cost was not finite, for some row
         self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
         self._lock = threading.Lock()  # of the threads of `optimize(n_jobs=...)`
 
@@ -125,8 +130,7 @@ class FrontierSampler(BaseSampler):
         names = frozenset.intersection(*whole) if whole else frozenset()
         first = next((t for t in found if names <= t.params.keys()), None)
         shared = {k: v for k, v in first.distributions.items() if k in names} if first else {}
-        if other := [k for k, v in shared.items() if not isinstance(v, CategoricalDistribution)]:
-            raise ValueError(f"the parameters {other} are not categorical; allowed: categorical")
+        _check_categorical(shared)
         return shared if complete or not first or self._priced(first.params) else {}
 
     def _priced(self, params: dict[str, Any]) -> bool:
@@ -161,6 +165,11 @@ class FrontierSampler(BaseSampler):
                     raise Exhausted(
                         f"{error}. Only parameters that all trials have are searched, {beside} are "
                         "not: the space has to be flat"
+                    ) from None
+                if self._odd:
+                    raise Exhausted(
+                        f"{error}. The known costs of the objectives {sorted(self._odd)} are not "
+                        "finite for some, which counts as not feasible"
                     ) from None
                 raise
             except LookupError:
@@ -231,7 +240,10 @@ class FrontierSampler(BaseSampler):
     def _space(
         self, options: Mapping[str, tuple[Any, ...]], rng: random.Random, fixed: Params
     ) -> Space:
-        memory = self._known.setdefault(tuple(options.items()), {})
+        try:
+            memory = self._known.setdefault(tuple(options.items()), {})
+        except TypeError as error:
+            raise ValueError(f"{error}; allowed as options: None, bool, int, float, str") from None
         return Space(options, self._price, memory, rng, fixed, self.draw)
 
     def _check(self, study: Study) -> None:
@@ -251,12 +263,15 @@ class FrontierSampler(BaseSampler):
         """Only feasible parameters have costs."""
         violation = self._violation(params)
         costs = () if violation else tuple(float(f(params)) for f in self.costs.values())
-        return (costs, violation) if all(map(math.isfinite, costs)) else ((), math.inf)
+        odd = {i for i, cost in zip(self.costs, costs, strict=False) if not math.isfinite(cost)}
+        self._odd |= odd
+        return ((), math.inf) if odd else (costs, violation)
 
     def _propose(self, space: Space, rows: Trials, signs: Sequence[int]) -> Row:
         seen = rows.seen
         if len(rows.complete) < START:
             return self._spread(space, seen)
+        self._compare(space, *rows.complete[-1])
         model = _Model(self, space, rows, signs)
         pool: dict[Row, float] = {}
         climbed: set[Row] = set()
@@ -273,6 +288,20 @@ class FrontierSampler(BaseSampler):
             climbed.update(best)
             add(space.prices(space.changes(best, CLIMBED)))
         return max(pool, key=lambda r: pool[r]) if pool else space.fresh(seen)
+
+    def _compare(self, space: Space, row: Row, values: Sequence[float]) -> None:
+        """Warns where a trial was told another cost than the one that is known, which is taken for
+        exact: it may be of the wrong sign or unit."""
+        costs, _ = space.known(row)
+        for i, cost in zip(
+            self.costs, costs, strict=False
+        ):  # of a row that is infeasible now, none
+            if not math.isclose(cost, values[i], rel_tol=1e-3, abs_tol=1e-12):
+                warnings.warn(
+                    f"costs[{i}] gives {cost:g} for a trial whose objective {i} is {values[i]:g}; "
+                    "they have to be the same, in the objective's own unit and direction",
+                    stacklevel=2,
+                )
 
     def _spread(self, space: Space, seen: set[Row]) -> Row:
         """Of some random rows that are new, the one whose costs are farthest from all that are
@@ -365,6 +394,11 @@ def _reference(values: Floats, beyond: float) -> float:
     low, middle, worst = values.min(), np.median(values), values.max()
     worst = min(worst, middle + 20 * (middle - low)) if middle > low else worst
     return float(worst + beyond * ((worst - low) or 1.0))
+
+
+def _check_categorical(space: Mapping[str, BaseDistribution]) -> None:
+    if other := [k for k, v in space.items() if not isinstance(v, CategoricalDistribution)]:
+        raise ValueError(f"the parameters {other} are not categorical; allowed: categorical")
 
 
 def _sign(direction: StudyDirection) -> int:

@@ -144,7 +144,7 @@ def _checkpoints(trial: Trial | None) -> tuple[bool, str]:
     if trial.state == "running":
         return True, "its trial is not finished"
     if trial.state == "stopped":
-        so_far = f" at {trial.partial.accuracy:.4f}" if trial.partial else ""
+        so_far = f" with accuracy {trial.partial.accuracy:.4f}" if trial.partial else ""
         return True, f"its trial was stopped{so_far} and may go on"
     return False, f"its trial is {trial.state}"
 

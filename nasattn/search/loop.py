@@ -98,18 +98,28 @@ class Search:
         Raises Stopped when the database or the disk fails, TrialFailed when the baseline does.
         """
         with self._leases() as self.leases, self.display:
-            total = self.plan(total)
-            if finished(self.study.trials) < total or self.study.promotable():
-                self.announce(total)
-                self._have_backbone()
-            self.display.begin(self.study, total)
-            self._work(total)
-            final = Retraining(
-                self.study, self.data, self.display, self.leases, self._machine, self._remark
-            )
-            final.run()
-            self.display.note(self.study.completed())
+            self._tell_trouble("")
+            try:
+                self._run(self.plan(total))
+            except TrialFailed as error:
+                self._tell_trouble(str(error))
+                raise
         return self.study
+
+    def _run(self, total: int) -> None:
+        if finished(self.study.trials) < total or self.study.promotable():
+            self.announce(total)
+            self._have_backbone()
+        self.display.begin(self.study, total)
+        self._work(total)
+        final = Retraining(
+            self.study, self.data, self.display, self.leases, self._machine, self._remark
+        )
+        final.run()
+        self.display.note(self.study.completed())
+
+    def _tell_trouble(self, text: str) -> None:
+        patiently(partial(self.study.trouble, text), self.display.note)
 
     def _leases(self) -> Leases:
         return Leases(self.study.engine, self.study.name)
@@ -181,7 +191,8 @@ class Search:
         else:
             estimate = self._estimate(whole, prepare=prepare)
         about = f", in about {duration(estimate / workers)}" if estimate else ""
-        note(f"{togo}{about}; Ctrl-C stops, the same command goes on")
+        final = ", then the final" if self.experiment.final else ""
+        note(f"{togo}{about}{final}; Ctrl-C stops, the same command goes on")
 
     def _estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds; zero where a few steps of an untrained network do not tell, or where another

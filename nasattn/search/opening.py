@@ -126,8 +126,8 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
     old, edits = study.facts, study.edits(experiment, FREE)
     then, now = old.get("images") or {}, facts.get("images") or {}  # of old versions none
     changed = not same_images(then, now)
-    same = "read" in then and not changed  # an earlier version kept their names alone
-    moved = [line for line in edits if line.startswith("data.root: ")] if same else []
+    known = "read" in then  # an earlier version kept their names alone
+    moved = [line for line in edits if line.startswith("data.root: ")] if known else []
 
     def take(new: Mapping[str, Any]) -> None:
         grow(study.engine, study.optuna._study_id, FACTS, old, new)

@@ -65,7 +65,7 @@ class Retraining:
         while left := self._left():
             if job := self._claim(left):
                 self._evaluate(*job)
-            elif not waits:
+            elif not waits and self._left():
                 self._start("waiting for what other workers evaluate")
             waits = job is None
             time.sleep(WAIT * waits)

@@ -35,6 +35,7 @@ FACTS = "nasattn"
 SCORE, PARTIAL, REASON, REMARKS = "score", "partial", "reason", "remarks"
 TOKEN = "token"  # of a row: what its weights say that they are of
 REMARK = "remark:"  # attributes of a study, each a text under a name of its own
+TROUBLE = REMARK + "trouble"  # the one of why the last search could not go on
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -306,6 +307,11 @@ class Study:
         told = storage.get_trial(row).user_attrs.get(REMARKS, [])
         if text not in told:
             storage.set_trial_user_attr(row, REMARKS, [*told, text])
+
+    def trouble(self, text: str) -> None:
+        """Keep among the remarks why a search could not go on, until the next one begins ("")."""
+        if text or self.optuna.user_attrs.get(TROUBLE):
+            self.optuna.set_user_attr(TROUBLE, text)
 
     def remarks(self) -> list[str]:
         """All that is kept so, each text once."""

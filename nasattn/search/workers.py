@@ -1,5 +1,6 @@
 """Several workers on one study: processes that are started, followed and, when killed, replaced."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from nasattn.search.watch import Follower
 LOOK = 0.5  # seconds between two looks at the processes and the database
 FAREWELL = 60.0  # seconds for a clean end before a process is killed
 MOST_IN_A_ROW = 10  # of each worker's deaths in a row with nothing finished meanwhile
+FULL = 2**20  # bytes free on a disk, below which it is
 REST = 5.0  # seconds in which the workers of a complete study end by themselves
 
 
@@ -108,7 +110,11 @@ class Crew:
             lines = self._log(index).read_text(errors="replace").strip().splitlines()
         except OSError:
             lines = []
-        return lines[-1].removeprefix("nasattn: ") if lines else "it left no message"
+        if lines:
+            return lines[-1].removeprefix("nasattn: ")
+        left = shutil.disk_usage(self.study.folder).free
+        full = f"; the disk of {self.study.folder} is full: make room, the same command goes on"
+        return "it left no message" + full * (left < FULL)
 
 
 def launcher(

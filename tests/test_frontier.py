@@ -23,10 +23,12 @@ from nasattn.search.frontier import LEARNED, START
 from nasattn.search.frontier_space import DRAWN, FEW, PROPOSAL, Space, Trials
 from nasattn.search.samplers import Exhausted, FrontierSampler
 from nasattn.search.surrogate import (
+    Coding,
     GaussianProcess,
     Inputs,
     Undominated,
     log_normal,
+    weights_of,
 )
 
 Params = dict[str, Any]
@@ -166,9 +168,9 @@ def test_log_normal_shortfall_is_its_integral() -> None:
 def inputs_of(rows: Any, costs: Any, options: int = 4) -> Inputs:
     codes = np.array(rows)
     one_hot = np.eye(options)[codes]
-    return Inputs(
-        one_hot.reshape(len(codes), -1), one_hot.sum(1), np.array(costs)[:, None], codes.shape[1]
-    )
+    values = np.tile(np.eye(options), (codes.shape[1], 1))
+    coding = Coding(np.arange(0, len(values), options), values)
+    return Inputs(one_hot.reshape(len(codes), -1), np.array(costs)[:, None], coding)
 
 
 def test_predictions_are_those_of_a_naive_process() -> None:
@@ -178,15 +180,22 @@ def test_predictions_are_those_of_a_naive_process() -> None:
     costs, values = rng.random(40), rng.random(40) + 1.0
     process = GaussianProcess(inputs_of(rows[:30], costs[:30]), values[:30])
 
+    inputs = inputs_of(rows[:30], costs[:30])
+    weights = weights_of(inputs, np.log(values[:30] - process.floor))
+    assert weights.mean() == pytest.approx(1.0) and np.ptp(weights) > 0.01
+
+    def counts(row: list[int], value: int) -> float:
+        return sum(w for w, v in zip(weights, row, strict=True) if v == value)
+
     def kernel(i: int, j: int) -> float:
         p, a, b = GaussianProcess, rows[i], rows[j]
-        apart = math.sqrt(sum((a.count(v) - b.count(v)) ** 2 for v in range(4)) / 2) / 5
-        shares = sum(a.count(v) / 5 * b.count(v) / 5 for v in range(4))
-        parts = math.exp(-p.P * sum(x != y for x, y in zip(a, b, strict=True)) / 5)
+        apart = math.sqrt(sum((counts(a, v) - counts(b, v)) ** 2 for v in range(4)) / 2) / 5
+        shares = sum(counts(a, v) / 5 * counts(b, v) / 5 for v in range(4))
+        parts = p.OWN * math.exp(-p.P * sum(x != y for x, y in zip(a, b, strict=True)) / 5)
         parts += math.exp(-p.P * apart)
         parts += process.a * math.exp(-0.5 * (costs[i] - costs[j]) ** 2 / p.WIDTH**2)
         parts += p.TREND * (shares + shares**2)
-        return parts / (2 + process.a + p.TREND)
+        return parts / (p.OWN + 1 + process.a + p.TREND)
 
     full = np.array([[kernel(i, j) for j in range(40)] for i in range(40)])
     known, new = slice(0, 30), slice(30, 40)
@@ -212,9 +221,35 @@ def test_a_trend_goes_on_beyond_what_was_seen(monkeypatch: pytest.MonkeyPatch) -
         mean, _ = process._moments(inputs_of([[1] * 6], [0.0]))
         return math.exp(mean[0]) / (values.min() - process.floor)
 
-    assert above_floor() < 0.1
+    beyond = above_floor()
+    assert beyond < 0.1
     monkeypatch.setattr(GaussianProcess, "TREND", 0.0)
-    assert above_floor() > 0.5
+    assert above_floor() > 5 * beyond
+
+
+def test_parameters_that_matter_more_are_found() -> None:
+    """Two sites of eight make nearly all of the difference, whichever option stands there; where
+    all do as much, none is told apart."""
+    rng = np.random.default_rng(2)
+    rows = rng.integers(0, 4, (60, 8))
+    worth = np.array([0.0, 0.6, 1.0, 1.4])[rows]
+    for matter in ([1, 1, 1, 1, 1, 1, 1, 1], [4, 4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]):
+        targets = worth @ np.array(matter) + rng.normal(0, 0.1, 60)
+        found = weights_of(inputs_of(rows.tolist(), np.zeros(60)), targets)
+        assert found.mean() == pytest.approx(1.0)
+        if matter[0] == matter[-1]:
+            np.testing.assert_allclose(found, 1.0, atol=0.15)
+        else:
+            assert found[:2].min() > 8 * found[2:].max()
+
+
+def test_first_trials_are_spread_by_costs_of_which_equal_ones_are_alike() -> None:
+    values = np.array([[3.0, 1.0], [1.0, 1.0], [1.0, 5.0], [2.0, 1.0]])
+    expected = [
+        [sum(w < v for w in column) + sum(w == v for w in column) / 2 for v in column]
+        for column in values.T.tolist()
+    ]
+    np.testing.assert_array_equal(frontier._ranks(values), np.transpose(expected))
 
 
 def test_directions_only_mirror() -> None:

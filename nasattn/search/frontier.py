@@ -308,7 +308,7 @@ class FrontierSampler(BaseSampler):
         seen, by ranks: the first trials then tell of cheap and of dear architectures."""
         drawn = [space.fresh(seen) for _ in range(SPREAD)]
         costs = [price for r in (*drawn, *sorted(seen)) for price in space.prices([r]).values()]
-        ranks = np.argsort(np.argsort(np.array(costs), axis=0), axis=0)
+        ranks = _ranks(np.array(costs))
         apart = np.abs(ranks[:SPREAD, None] - ranks[None, SPREAD:]).sum(axis=2)
         return drawn[int(apart.min(axis=1).argmax())] if len(costs) > SPREAD else drawn[0]
 
@@ -358,9 +358,8 @@ class _Model:
         return np.asarray(costs * self.signs[self.known])
 
     def _inputs(self, rows: Collection[Row], costs: Floats) -> Inputs:
-        options, counts = self.space.encoded(rows)
         scaled = np.clip((costs - self._low) / self._range, -BEYOND, BEYOND)
-        return Inputs(options, counts, scaled.astype(np.float32), len(self.space.options))
+        return Inputs(self.space.encoded(rows), scaled.astype(np.float32), self.space.coding)
 
     def score(self, prices: Prices) -> list[float]:
         costs = self._costs(prices)
@@ -394,6 +393,15 @@ def _reference(values: Floats, beyond: float) -> float:
     low, middle, worst = values.min(), np.median(values), values.max()
     worst = min(worst, middle + 20 * (middle - low)) if middle > low else worst
     return float(worst + beyond * ((worst - low) or 1.0))
+
+
+def _ranks(values: Floats) -> Floats:
+    """In each column, equal ones alike."""
+    ranks = np.empty(values.shape)
+    for column, rank in zip(values.T, ranks.T, strict=True):
+        ordered = np.sort(column)
+        rank[:] = np.searchsorted(ordered, column) + np.searchsorted(ordered, column, "right")
+    return ranks / 2
 
 
 def _check_categorical(space: Mapping[str, BaseDistribution]) -> None:

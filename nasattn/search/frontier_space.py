@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from nasattn.search.surrogate import Floats
+from nasattn.search.surrogate import Coding, Floats
 
 Params = Mapping[str, Any]
 Known = tuple[tuple[float, ...], float]  # a row's costs, and how far it is from feasible
@@ -73,10 +73,8 @@ class Space:
         self._keys = [list(index) for index in self._at]
         values = list(itertools.chain.from_iterable(self._keys))
         distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
-        self._offsets = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
-        # one-hot options -> how often each value is taken
-        self._takes = np.zeros((len(values), len(distinct)), dtype=np.float32)
-        self._takes[np.arange(len(values)), [distinct[key] for key in values]] = 1.0
+        starts = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
+        self.coding = Coding(starts, np.eye(len(distinct))[[distinct[key] for key in values]])
         free = [i for i in range(len(options)) if i not in self.fixed]
         self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
         # Pairs with options in common; of many some at random, as their number grows as the square.
@@ -135,12 +133,12 @@ class Space:
     def _key(self, value: Any) -> Any:
         return value if self._alike else (type(value), value)
 
-    def encoded(self, rows: Collection[Row]) -> tuple[Floats, Floats]:
-        """One-hot options (n, .), and the counts of the distinct values over them (n, .)."""
-        taken = array(rows, np.intp, len(self.options)) + self._offsets
-        options = np.zeros((len(taken), len(self._takes)), dtype=np.float32)
+    def encoded(self, rows: Collection[Row]) -> Floats:
+        """One-hot (n, o), as `coding` says."""
+        taken = array(rows, np.intp, len(self.options)) + self.coding.starts
+        options = np.zeros((len(taken), len(self.coding.values)), dtype=np.float32)
         options[np.arange(len(taken))[:, None], taken] = 1.0
-        return options, options @ self._takes
+        return options
 
     def known(self, row: Row) -> Known:
         """Asked for once a row, while it is remembered."""

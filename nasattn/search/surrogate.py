@@ -17,6 +17,7 @@ from nasattn.pareto import undominated
 Floats = NDArray[np.floating[Any]]
 FITTED = 200  # rows the linear stand-in is fitted to
 TUNED = 100  # rows the hyperparameters are chosen on
+ROUNDS, UNLIKE = 3, 0.5  # of the parameters' weights: rounds, and their deviation from 1
 BOXED = 2_000_000  # boxes times candidates looked at together
 Shortfall = Callable[[Floats], Floats]  # thresholds (k,) -> expected max(0, t - value), (k, n)
 
@@ -51,25 +52,59 @@ class Undominated:
 
 
 @dataclass(frozen=True, slots=True)
+class Coding:
+    """How the one-hot options of a row lie (o). starts: where each parameter's begin; values: the
+    distinct value that each option is, whatever its parameter, one-hot (o, v)."""
+
+    starts: NDArray[np.intp]
+    values: Floats
+
+    @property
+    def parameters(self) -> int:
+        return len(self.starts)
+
+    def weighted(self, weights: Floats) -> Floats:
+        """`values` by a weight for each parameter: options @ this are the weighted counts of how
+        often each value is taken."""
+        sizes = np.diff([*self.starts, len(self.values)])
+        return np.asarray(self.values * np.repeat(weights, sizes)[:, None], dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the model sees of n rows. options: one-hot (n, .); counts: how often each value is taken
-    by any parameter (n, .); costs: scaled (n, .); parameters: how many there are."""
+    """What the model sees of n rows. options: one-hot (n, o); costs: scaled (n, .)."""
 
     options: Floats
-    counts: Floats
     costs: Floats
-    parameters: int
+    coding: Coding
 
     def joined(self, other: "Inputs") -> "Inputs":
-        return Inputs(
-            np.vstack([self.options, other.options]),
-            np.vstack([self.counts, other.counts]),
-            np.vstack([self.costs, other.costs]),
-            self.parameters,
-        )
+        options = np.vstack([self.options, other.options])
+        return Inputs(options, np.vstack([self.costs, other.costs]), self.coding)
 
     def last(self, n: int) -> "Inputs":
-        return Inputs(self.options[-n:], self.counts[-n:], self.costs[-n:], self.parameters)
+        return Inputs(self.options[-n:], self.costs[-n:], self.coding)
+
+
+def weights_of(inputs: Inputs, targets: Floats) -> Floats:
+    """How much each parameter matters, beside a mean of 1: (p,).
+
+    The targets as the sum over the parameters of weight times value, where a value is worth the
+    same at each parameter: both in turn by ridge regression, the weights drawn towards 1. Some
+    sites of a network matter more than others, whatever stands there.
+    """
+    coding, weights = inputs.coding, np.ones(inputs.coding.parameters)
+    targets = targets - targets.mean()
+    for _ in range(ROUNDS):
+        x = inputs.options @ coding.weighted(weights)
+        worth = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ targets)
+        parts = np.add.reduceat(inputs.options * (coding.values @ worth), coding.starts, axis=1)
+        noise = max(float(np.mean((targets - parts @ weights) ** 2)), 1e-3)
+        matrix = parts.T @ parts + noise / UNLIKE**2 * np.eye(len(weights))
+        weights = 1 + np.linalg.solve(matrix, parts.T @ (targets - parts.sum(axis=1)))
+        weights = np.clip(weights, 0.1, 3.0)
+        weights /= weights.mean()
+    return np.asarray(weights)
 
 
 def _squared(a: Floats, b: Floats) -> Floats:
@@ -80,15 +115,16 @@ def _squared(a: Floats, b: Floats) -> Floats:
 class GaussianProcess:
     """A Gaussian process of log(value - floor) over parameters and their known costs.
 
-    Its kernel has four parts: exp(-P * share of parameters that differ); exp(-P * distance of how
-    often each option is taken), whatever the parameter; weighted by `a`, a radial function of the
-    costs; and, weighted by TREND, the linear and quadratic function of how often each option is
-    taken. The first three fall back to the mean where nothing is near; the trend goes on beyond
-    what was seen, where the best are. `a` and the noise have the greatest marginal likelihood on a
-    small grid, the rest is fixed (experiments/004_samplers).
+    Its kernel has four parts: weighted by OWN, exp(-P * share of parameters that differ);
+    exp(-P * distance of how often each option is taken), whatever the parameter, but those that
+    matter more count for more; weighted by `a`, a radial function of the costs; and, weighted by
+    TREND, the linear and quadratic function of how often each option is taken, counted likewise.
+    The first three fall back to the mean where nothing is near; the trend goes on beyond what was
+    seen, where the best are. `a` and the noise have the greatest marginal likelihood on a small
+    grid, the rest is fixed (experiments/004_samplers).
     """
 
-    P, WIDTH, TREND, MARGIN = 1.5, 0.6, 16.0, 0.3
+    P, WIDTH, OWN, TREND, MARGIN = 1.5, 0.6, 2.0, 16.0, 0.3
     A, NOISE = (0.1, 1.0), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
     def __init__(self, inputs: Inputs, values: Floats) -> None:
@@ -97,6 +133,7 @@ class GaussianProcess:
         self.floor = float(values.min()) - self.MARGIN * spread
         self.targets = np.log(values - self.floor)
         self.mean = float(self.targets.mean())
+        self.counted = inputs.coding.weighted(weights_of(inputs, self.targets))
         self._tune()
         self._condition()
 
@@ -123,9 +160,9 @@ class GaussianProcess:
         return np.asarray((room - middle - inputs.options @ weights) / np.median(std))
 
     def _moments(self, inputs: Inputs) -> tuple[Floats, Floats]:
-        across = _mixed(_near(inputs, self.inputs), self.a) @ self.half
-        own = _trend((inputs.counts**2).sum(axis=1), inputs.parameters)
-        prior = _mixed((2.0 + own, np.ones_like(own)), self.a)
+        across = _mixed(self._near(inputs, self.inputs), self.a) @ self.half
+        own = _trend(((inputs.options @ self.counted) ** 2).sum(axis=1), inputs.coding.parameters)
+        prior = _mixed((self.OWN + 1.0 + own, np.ones_like(own)), self.a)
         explained = np.einsum("ij,ij->i", across, across)
         variance = np.maximum(prior - explained, 1e-6) * max(self.scale, 1e-8)
         return self.mean + across @ self.weights, np.sqrt(variance)
@@ -133,7 +170,7 @@ class GaussianProcess:
     def _tune(self) -> None:
         few = self.inputs.last(TUNED)
         target = self.targets[-TUNED:] - self.mean
-        near = _near(few, few)
+        near = self._near(few, few)
         noise = np.array(self.NOISE)[:, None]
         best = math.inf
         for a in self.A:
@@ -146,11 +183,21 @@ class GaussianProcess:
                 self.a, self.noise, self.scale = a, self.NOISE[i], float(scale[i])
 
     def _condition(self) -> None:
-        kernel = _mixed(_near(self.inputs, self.inputs), self.a).astype(np.float64)
+        kernel = _mixed(self._near(self.inputs, self.inputs), self.a).astype(np.float64)
         lower = np.linalg.cholesky(kernel + self.noise * np.eye(len(kernel)))
         half = solve_triangular(lower, np.eye(len(lower)), lower=True)
         self.weights = half @ (self.targets - self.mean)
         self.half = half.T.astype(np.float32)
+
+    def _near(self, these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
+        """What the kernel makes of the parameters and of the costs: (n, k) each."""
+        p, n = self.P, these.coding.parameters
+        counts = these.options @ self.counted, those.options @ self.counted
+        near = np.exp(these.options @ (those.options.T * np.float32(p / n)) - p) * self.OWN
+        near += np.exp(np.sqrt(_squared(*counts)) * np.float32(-p / n / math.sqrt(2)))
+        near += _trend(counts[0] @ counts[1].T, n)
+        costs = _squared(these.costs, those.costs)
+        return near, np.exp(costs * np.float32(-0.5 / self.WIDTH**2))
 
 
 def _trend(products: Floats, parameters: int) -> Floats:
@@ -159,20 +206,10 @@ def _trend(products: Floats, parameters: int) -> Floats:
     return np.asarray(GaussianProcess.TREND * (shares + shares**2))
 
 
-def _near(these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
-    """What the kernel makes of the parameters and of the costs: (n, k) each."""
-    p, n = GaussianProcess.P, these.parameters
-    apart = np.sqrt(_squared(these.counts, those.counts))
-    near = np.exp(these.options @ (those.options.T * np.float32(p / n)) - p)
-    near += np.exp(apart * np.float32(-p / n / math.sqrt(2)))
-    near += _trend(these.counts @ those.counts.T, n)
-    costs = _squared(these.costs, those.costs)
-    return near, np.exp(costs * np.float32(-0.5 / GaussianProcess.WIDTH**2))
-
-
 def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:
     """Both in one scale."""
-    return np.asarray((near[0] + a * near[1]) / (2 + a + GaussianProcess.TREND))
+    whole = GaussianProcess.OWN + 1 + a + GaussianProcess.TREND
+    return np.asarray((near[0] + a * near[1]) / whole)
 
 
 def log_normal(mean: Floats, std: Floats, floor: float) -> Shortfall:

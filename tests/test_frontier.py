@@ -173,16 +173,21 @@ def inputs_of(rows: Any, costs: Any, options: int = 4) -> Inputs:
     return Inputs(one_hot.reshape(len(codes), -1), np.array(costs)[:, None], coding)
 
 
-def test_predictions_are_those_of_a_naive_process() -> None:
-    """The kernel pair by pair from its definition, and the textbook's moments."""
+@pytest.mark.parametrize("doubt", [-1e9, 1e9])
+def test_predictions_are_those_of_a_naive_process(
+    monkeypatch: pytest.MonkeyPatch, doubt: float
+) -> None:
+    """The kernel pair by pair from its definition, and the textbook's moments; with parameters that
+    matter more than others, and with all alike."""
+    monkeypatch.setattr(GaussianProcess, "DOUBT", doubt)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 4, (40, 5)).tolist()
     costs, values = rng.random(40), rng.random(40) + 1.0
     process = GaussianProcess(inputs_of(rows[:30], costs[:30]), values[:30])
 
-    inputs = inputs_of(rows[:30], costs[:30])
-    weights = weights_of(inputs, np.log(values[:30] - process.floor))
-    assert weights.mean() == pytest.approx(1.0) and np.ptp(weights) > 0.01
+    weights = process.weights
+    assert weights.mean() == pytest.approx(1.0)
+    assert (np.ptp(weights) > 0.01) == (doubt < 0)
 
     def counts(row: list[int], value: int) -> float:
         return sum(w for w, v in zip(weights, row, strict=True) if v == value)
@@ -191,11 +196,11 @@ def test_predictions_are_those_of_a_naive_process() -> None:
         p, a, b = GaussianProcess, rows[i], rows[j]
         apart = math.sqrt(sum((counts(a, v) - counts(b, v)) ** 2 for v in range(4)) / 2) / 5
         shares = sum(counts(a, v) / 5 * counts(b, v) / 5 for v in range(4))
-        parts = p.OWN * math.exp(-p.P * sum(x != y for x, y in zip(a, b, strict=True)) / 5)
+        parts = math.exp(-p.P * sum(x != y for x, y in zip(a, b, strict=True)) / 5)
         parts += math.exp(-p.P * apart)
         parts += process.a * math.exp(-0.5 * (costs[i] - costs[j]) ** 2 / p.WIDTH**2)
         parts += p.TREND * (shares + shares**2)
-        return parts / (p.OWN + 1 + process.a + p.TREND)
+        return parts / (2 + process.a + p.TREND)
 
     full = np.array([[kernel(i, j) for j in range(40)] for i in range(40)])
     known, new = slice(0, 30), slice(30, 40)
@@ -229,18 +234,22 @@ def test_a_trend_goes_on_beyond_what_was_seen(monkeypatch: pytest.MonkeyPatch) -
 
 def test_parameters_that_matter_more_are_found() -> None:
     """Two sites of eight make nearly all of the difference, whichever option stands there; where
-    all do as much, none is told apart."""
+    all do as much, none is told apart. The process finds out which it is."""
     rng = np.random.default_rng(2)
     rows = rng.integers(0, 4, (60, 8))
     worth = np.array([0.0, 0.6, 1.0, 1.4])[rows]
     for matter in ([1, 1, 1, 1, 1, 1, 1, 1], [4, 4, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]):
         targets = worth @ np.array(matter) + rng.normal(0, 0.1, 60)
-        found = weights_of(inputs_of(rows.tolist(), np.zeros(60)), targets)
+        inputs = inputs_of(rows.tolist(), np.zeros(60))
+        found = weights_of(inputs, targets, 0.5)
         assert found.mean() == pytest.approx(1.0)
+        process = GaussianProcess(inputs, np.exp(targets))
         if matter[0] == matter[-1]:
             np.testing.assert_allclose(found, 1.0, atol=0.15)
+            assert (process.weights == 1.0).all()
         else:
             assert found[:2].min() > 8 * found[2:].max()
+            assert process.weights[:2].min() > 3 * process.weights[2:].max()
 
 
 def test_first_trials_are_spread_by_costs_of_which_equal_ones_are_alike() -> None:

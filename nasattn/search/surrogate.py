@@ -17,7 +17,7 @@ from nasattn.pareto import undominated
 Floats = NDArray[np.floating[Any]]
 FITTED = 200  # rows the linear stand-in is fitted to
 TUNED = 100  # rows the hyperparameters are chosen on
-ROUNDS, UNLIKE = 3, 0.5  # of the parameters' weights: rounds, and their deviation from 1
+ROUNDS = 3  # of the parameters' weights
 BOXED = 2_000_000  # boxes times candidates looked at together
 Shortfall = Callable[[Floats], Floats]  # thresholds (k,) -> expected max(0, t - value), (k, n)
 
@@ -86,21 +86,24 @@ class Inputs:
         return Inputs(self.options[-n:], self.costs[-n:], self.coding)
 
 
-def weights_of(inputs: Inputs, targets: Floats) -> Floats:
-    """How much each parameter matters, beside a mean of 1: (p,).
+def weights_of(inputs: Inputs, targets: Floats, unlike: float) -> Floats:
+    """How much each parameter matters, beside a mean of 1: (p,). unlike: the deviation from 1 that
+    is expected; 0: all matter alike.
 
     The targets as the sum over the parameters of weight times value, where a value is worth the
     same at each parameter: both in turn by ridge regression, the weights drawn towards 1. Some
     sites of a network matter more than others, whatever stands there.
     """
     coding, weights = inputs.coding, np.ones(inputs.coding.parameters)
+    if not unlike:
+        return weights
     targets = targets - targets.mean()
     for _ in range(ROUNDS):
         x = inputs.options @ coding.weighted(weights)
         worth = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ targets)
         parts = np.add.reduceat(inputs.options * (coding.values @ worth), coding.starts, axis=1)
         noise = max(float(np.mean((targets - parts @ weights) ** 2)), 1e-3)
-        matrix = parts.T @ parts + noise / UNLIKE**2 * np.eye(len(weights))
+        matrix = parts.T @ parts + noise / unlike**2 * np.eye(len(weights))
         weights = 1 + np.linalg.solve(matrix, parts.T @ (targets - parts.sum(axis=1)))
         weights = np.clip(weights, 0.1, 3.0)
         weights /= weights.mean()
@@ -115,17 +118,19 @@ def _squared(a: Floats, b: Floats) -> Floats:
 class GaussianProcess:
     """A Gaussian process of log(value - floor) over parameters and their known costs.
 
-    Its kernel has four parts: weighted by OWN, exp(-P * share of parameters that differ);
-    exp(-P * distance of how often each option is taken), whatever the parameter, but those that
-    matter more count for more; weighted by `a`, a radial function of the costs; and, weighted by
-    TREND, the linear and quadratic function of how often each option is taken, counted likewise.
-    The first three fall back to the mean where nothing is near; the trend goes on beyond what was
-    seen, where the best are. `a` and the noise have the greatest marginal likelihood on a small
-    grid, the rest is fixed (experiments/004_samplers).
+    Its kernel has four parts: exp(-P * share of parameters that differ); exp(-P * distance of how
+    often each option is taken), whatever the parameter, or where those that matter more count for
+    more; weighted by `a`, a radial function of the costs; and, weighted by TREND, the linear and
+    quadratic function of how often each option is taken, counted likewise. The first three fall
+    back to the mean where nothing is near; the trend goes on beyond what was seen, where the best
+    are. `a`, the noise and how unlike the parameters are (`weights_of`) have the greatest marginal
+    likelihood on a small grid, the rest is fixed (experiments/004_samplers). Weights are fitted to
+    the same rows, so twice the logarithm of the likelihood has to gain DOUBT by them.
     """
 
-    P, WIDTH, OWN, TREND, MARGIN = 1.5, 0.6, 2.0, 16.0, 0.3
+    P, WIDTH, TREND, MARGIN, DOUBT = 1.5, 0.6, 16.0, 0.3, 12.0
     A, NOISE = (0.1, 1.0), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+    UNLIKE = (0.0, 0.5, 1.5)
 
     def __init__(self, inputs: Inputs, values: Floats) -> None:
         self.inputs = inputs
@@ -133,7 +138,6 @@ class GaussianProcess:
         self.floor = float(values.min()) - self.MARGIN * spread
         self.targets = np.log(values - self.floor)
         self.mean = float(self.targets.mean())
-        self.counted = inputs.coding.weighted(weights_of(inputs, self.targets))
         self._tune()
         self._condition()
 
@@ -160,44 +164,39 @@ class GaussianProcess:
         return np.asarray((room - middle - inputs.options @ weights) / np.median(std))
 
     def _moments(self, inputs: Inputs) -> tuple[Floats, Floats]:
-        across = _mixed(self._near(inputs, self.inputs), self.a) @ self.half
+        across = _mixed(_near(inputs, self.inputs, self.counted), self.a) @ self.half
         own = _trend(((inputs.options @ self.counted) ** 2).sum(axis=1), inputs.coding.parameters)
-        prior = _mixed((self.OWN + 1.0 + own, np.ones_like(own)), self.a)
+        prior = _mixed((2.0 + own, np.ones_like(own)), self.a)
         explained = np.einsum("ij,ij->i", across, across)
         variance = np.maximum(prior - explained, 1e-6) * max(self.scale, 1e-8)
-        return self.mean + across @ self.weights, np.sqrt(variance)
+        return self.mean + across @ self.explains, np.sqrt(variance)
 
     def _tune(self) -> None:
         few = self.inputs.last(TUNED)
         target = self.targets[-TUNED:] - self.mean
-        near = self._near(few, few)
         noise = np.array(self.NOISE)[:, None]
         best = math.inf
-        for a in self.A:
-            values, vectors = np.linalg.eigh(_mixed(near, a).astype(np.float64))
-            values = np.maximum(values, 0.0) + noise
-            scale = ((vectors.T @ target) ** 2 / values).mean(axis=1)
-            loss = len(target) * np.log(scale + 1e-12) + np.log(values).sum(axis=1)
-            if (least := float(loss.min())) < best:
-                best, i = least, int(loss.argmin())
-                self.a, self.noise, self.scale = a, self.NOISE[i], float(scale[i])
+        for unlike in self.UNLIKE:
+            weights = weights_of(self.inputs, self.targets, unlike)
+            counted = self.inputs.coding.weighted(weights)
+            near, doubt = _near(few, few, counted), self.DOUBT * bool(unlike)
+            for a in self.A:
+                values, vectors = np.linalg.eigh(_mixed(near, a).astype(np.float64))
+                values = np.maximum(values, 0.0) + noise
+                scale = ((vectors.T @ target) ** 2 / values).mean(axis=1)
+                loss = len(target) * np.log(scale + 1e-12) + np.log(values).sum(axis=1) + doubt
+                if (least := float(loss.min())) < best:
+                    best, i = least, int(loss.argmin())
+                    self.a, self.noise, self.scale = a, self.NOISE[i], float(scale[i])
+                    self.weights, self.counted = weights, counted
 
     def _condition(self) -> None:
-        kernel = _mixed(self._near(self.inputs, self.inputs), self.a).astype(np.float64)
+        near = _near(self.inputs, self.inputs, self.counted)
+        kernel = _mixed(near, self.a).astype(np.float64)
         lower = np.linalg.cholesky(kernel + self.noise * np.eye(len(kernel)))
         half = solve_triangular(lower, np.eye(len(lower)), lower=True)
-        self.weights = half @ (self.targets - self.mean)
+        self.explains = half @ (self.targets - self.mean)
         self.half = half.T.astype(np.float32)
-
-    def _near(self, these: Inputs, those: Inputs) -> tuple[Floats, Floats]:
-        """What the kernel makes of the parameters and of the costs: (n, k) each."""
-        p, n = self.P, these.coding.parameters
-        counts = these.options @ self.counted, those.options @ self.counted
-        near = np.exp(these.options @ (those.options.T * np.float32(p / n)) - p) * self.OWN
-        near += np.exp(np.sqrt(_squared(*counts)) * np.float32(-p / n / math.sqrt(2)))
-        near += _trend(counts[0] @ counts[1].T, n)
-        costs = _squared(these.costs, those.costs)
-        return near, np.exp(costs * np.float32(-0.5 / self.WIDTH**2))
 
 
 def _trend(products: Floats, parameters: int) -> Floats:
@@ -206,10 +205,20 @@ def _trend(products: Floats, parameters: int) -> Floats:
     return np.asarray(GaussianProcess.TREND * (shares + shares**2))
 
 
+def _near(these: Inputs, those: Inputs, counted: Floats) -> tuple[Floats, Floats]:
+    """What the kernel makes of the parameters and of the costs: (n, k) each."""
+    p, n = GaussianProcess.P, these.coding.parameters
+    counts = these.options @ counted, those.options @ counted
+    near = np.exp(these.options @ (those.options.T * np.float32(p / n)) - p)
+    near += np.exp(np.sqrt(_squared(*counts)) * np.float32(-p / n / math.sqrt(2)))
+    near += _trend(counts[0] @ counts[1].T, n)
+    costs = _squared(these.costs, those.costs)
+    return near, np.exp(costs * np.float32(-0.5 / GaussianProcess.WIDTH**2))
+
+
 def _mixed(near: tuple[Floats, Floats], a: float) -> Floats:
     """Both in one scale."""
-    whole = GaussianProcess.OWN + 1 + a + GaussianProcess.TREND
-    return np.asarray((near[0] + a * near[1]) / whole)
+    return np.asarray((near[0] + a * near[1]) / (2 + a + GaussianProcess.TREND))
 
 
 def log_normal(mean: Floats, std: Floats, floor: float) -> Shortfall:

@@ -158,7 +158,7 @@ def status(
         display = Display(terminal)
         Follower(found, display).look()
         terminal.print(display.panel())
-        for text in found.remarks():
+        for text in found.remarks() + found.troubles():
             display.note(text)
     else:
         print_summary(found.summary())

@@ -202,8 +202,8 @@ class Candidates:
                 key=lambda e: sum(value / self.limits[m] for m, value in e.items()),
             )
         parts = [
-            f"{metric} by {value:,.10g} ({self.limits[metric]:,.10g} allowed, "
-            f"the plain backbone has {self.pricing.plain[metric]:,.10g})"
+            f"{metric} by {round(value, 4):,.15g} ({round(self.limits[metric], 4):,.15g} allowed, "
+            f"the plain backbone has {self.pricing.plain[metric]:,.15g})"
             for metric, value in over.items()
         ]
         raise UserError(f"budget: nothing fits; {what} exceeds {' and '.join(parts)}")

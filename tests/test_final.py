@@ -24,6 +24,7 @@ import yaml
 from conftest import FakeStudy
 from rich.console import Console
 from safetensors.torch import load_file
+from sqlalchemy.exc import OperationalError
 from test_workers import forked
 from typer.testing import CliRunner
 
@@ -43,6 +44,7 @@ from nasattn.search import final_text, outage
 from nasattn.search.display import Display
 from nasattn.search.final import Evaluation, contenders, control_of, evaluations
 from nasattn.search.loop import Search
+from nasattn.search.retrain import Retraining
 from nasattn.search.study import FACTS, Study
 from nasattn.seed import derive
 from nasattn.uncertainty import Estimate, membership
@@ -334,6 +336,35 @@ def test_a_former_member_has_its_control_still(study: Study) -> None:
     assert member["test"]["over_control"]["mean"] == pytest.approx(0.1)
     names = [line[0] for line in final_text.table(final)][-2:]
     assert names == [f"{outsider.number} (left the frontier)", "(SE)"]
+
+
+def test_a_database_that_is_away_while_an_evaluation_is_told_is_waited_for(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever of the reads."""
+    Trainings(monkeypatch)
+    monkeypatch.setattr(outage, "pause", lambda seconds: None)
+    study, left = run(write()), 0
+    search = Search(study.config, Display(Console(quiet=True)))
+    real = type(search.study.optuna).user_attrs
+
+    def failing(self: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OperationalError("", None, Exception("away"))
+        return real.fget(self)  # type: ignore[attr-defined]
+
+    with search._leases() as leases:
+        search.display.begin(search.study, 4)
+        final = Retraining(
+            search.study, search.data, search.display, leases, search._machine, search._remark
+        )
+        evaluation = next(iter(evaluations(study.optuna.user_attrs).values()))
+        monkeypatch.setattr(type(search.study.optuna), "user_attrs", property(failing))
+        for read in range(1, 12):
+            left = read
+            final._store(evaluation)
 
 
 def test_without_test_only_val_is_asked_for(fake_study: FakeStudy) -> None:

@@ -341,6 +341,10 @@ def test_selection(write: Write) -> None:
     front = study.frontier()
     assert study.select("best") == front[-1]
     assert study.select("knee") in front[1:] and front[0].baseline
+    plain, cheap, best = front[0], front[1], front[-1]
+    for some, knee in (([plain, cheap, best], best), ([plain, best], best), ([plain], plain)):
+        few = [plain, *(t for t in some if t != plain)]  # between two none stands out
+        assert study.knee(few) == knee
     assert study.select("trial=3").number == 3
     plain = study.facts["plain"]["macs"]
     chosen = study.select("macs<=1.1x")
@@ -395,7 +399,8 @@ def test_a_baseline_that_fails_ends_the_search_and_is_tried_again(write: Write) 
         by_formula(path, 4, Failing())
     shown = CliRunner().invoke(cli.app, ["status", str(path)])
     assert shown.exit_code == 0 and f"\n  {why}\n" in shown.output
-    assert by_formula(path, 4).remarks() == [], "it has been tried again"
+    study = by_formula(path, 4)
+    assert study.troubles() == [], "it has been tried again"
     assert rows(by_formula(path, 4)) == rows(by_formula(write("whole"), 4))
 
 

@@ -26,7 +26,7 @@ from nasattn.blocks import BLOCKS
 from nasattn.config import CuedDigits, Experiment, Schedule, TrainerFile
 from nasattn.data import Data, load
 from nasattn.data.cued_digits import Composed
-from nasattn.errors import Stopped, TrialFailed
+from nasattn.errors import DataFailed, Stopped, TrialFailed
 from nasattn.evaluate import checkpoint, device
 from nasattn.evaluate.candidate import Evaluator, Weights
 from nasattn.evaluate.rate import rate
@@ -362,7 +362,7 @@ class Unreadable:
 
 
 @pytest.mark.parametrize("loaders", [0, 1])
-@pytest.mark.parametrize("kind", [TrialFailed, Stopped])
+@pytest.mark.parametrize("kind", [TrialFailed, DataFailed, Stopped])
 def test_what_a_loader_says_is_told_alone(
     data: Data, tmp_path: Path, kind: type[Exception], loaders: int
 ) -> None:

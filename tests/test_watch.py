@@ -296,7 +296,7 @@ def test_the_final_is_followed_too(fake_study: FakeStudy) -> None:
     follower = Follower(study, display)
     asked = study.final_progress(study.trials)
     assert asked is not None and follower.look(), "nobody works on it, but it is not over"
-    assert text.getvalue() == f"final: {asked['evaluations']} evaluations to go\n"
+    assert text.getvalue() == "", "which a panel or a first line tells"
     for count, contender in enumerate(contenders(study.trials, study.frontier()), 1):
         reason = "" if count > 1 else "out of memory"
         made = Evaluation(
@@ -309,10 +309,14 @@ def test_the_final_is_followed_too(fake_study: FakeStudy) -> None:
         study.optuna.set_user_attr(made.name, made.as_dict())
         over = count == asked["evaluations"]
         assert follower.look() is not over
-        (told,) = text.getvalue().splitlines()[count:]
+        (told,) = text.getvalue().splitlines()[count - 1 :]
         outcome = f"failed: {reason}" if reason else "val 0.8000"
         assert told.startswith(f"final, seed 0: {outcome}")
         assert told.endswith(f"[{asked['evaluations'] - count} to go]")
+    again = Follower(study, display)
+    assert not again.look() and len(text.getvalue().splitlines()) == count, (
+        "what is over is no news"
+    )
     (row,) = (line for line in panel(display, 120) if line.startswith("final"))
     assert row.rstrip().endswith(f"{count} of {count} evaluations, 1 failed")
 

@@ -25,7 +25,7 @@ from test_search import Formula, Write, by_formula, rows, searching, write
 from nasattn import load_study
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment
-from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.errors import DataFailed, Stopped, TrialFailed, UserError
 from nasattn.evaluate.checkpoint import STEP
 from nasattn.evaluate.train import Tick
 from nasattn.pricing import Pricing
@@ -327,12 +327,16 @@ def test_what_is_remarked_of_a_training_stands_with_its_trial(write: Write) -> N
     assert [t.user_attrs["remarks"] for t in study.optuna.trials] == [[text]] * 2
 
 
-def test_a_broken_machine_does_not_use_up_the_slots(write: Write) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), DataFailed("7.png cannot be read: Input/output error")],
+)
+def test_a_broken_machine_does_not_use_up_the_slots(write: Write, error: Exception) -> None:
     path = write()
     by_formula(path, 2)
 
     def broken(*_: Any, **__: Any) -> Any:
-        raise OSError(5, "Input/output error")
+        raise error
 
     search = searching(path)
     search.evaluator = with_calls(broken)

@@ -149,7 +149,6 @@ class Display:
     def begin(self, study: Study, total: int) -> None:
         self.study, self.total = study, total
         self.trials = study.trials
-        self.final = study.final_progress(self.trials)
         self._tell_rungs()
         self._draw()
 
@@ -187,10 +186,10 @@ class Display:
         )
         self._tell_rungs()
 
-    def retrained(self, evaluation: Evaluation, left: str) -> None:
-        """An evaluation of the `final` is done; left: what is to come."""
+    def retrained(self, evaluation: Evaluation, final: Mapping[str, int], left: str) -> None:
+        """An evaluation of the `final` is done; final: how far that is; left: what is to come."""
         assert self.study is not None
-        self.final = self.study.final_progress(self.trials)
+        self.final = final
         blocks = in_words(self.study.config.space, evaluation.architecture)
         self.note(f"{final_text.told(evaluation, blocks)}  [{left}]")
 

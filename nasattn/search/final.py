@@ -140,7 +140,10 @@ def summarise(
         Contender(
             architecture=a,
             trial=by_key.get(key),
-            roles=("control" if key in pairs.values() else "former",),
+            roles=(
+                *(["former"] if key in by_key else []),
+                *(["control"] if key in pairs.values() or key not in by_key else []),
+            ),
             control=pairs.get(key),
         )
         for key, a in sorted(left.items(), key=lambda item: (item[0] in pairs.values(), item[0]))

@@ -28,7 +28,8 @@ def title(name: str, final: Mapping[str, Any]) -> str:
 
 
 def table(final: Mapping[str, Any]) -> list[list[str]]:
-    """The head, then a row an architecture; a control below the first member of its sites."""
+    """The head, then a row an architecture; a control below the first member of its sites, what
+    has left the frontier last."""
     seeds, split = final["seeds"], judged_on(final)
     splits = dict.fromkeys((split, "val"))
     lines = [["trial", *splits, "gain", "over SE", "on the frontier", "blocks"]]

@@ -100,6 +100,7 @@ class FrontierSampler(BaseSampler):
         )
         self.constraints: tuple[Function, ...] = tuple(given)
         self._odd: set[int] = set()  # objectives whose known cost was not finite, for some row
+        self._warned: set[int] = set()  # and those whose trials had another
         self._known: dict[tuple[Any, ...], dict[Row, Known]] = {}
         self._lock = threading.Lock()  # of the threads of `optimize(n_jobs=...)`
 
@@ -292,11 +293,11 @@ class FrontierSampler(BaseSampler):
     def _compare(self, space: Space, row: Row, values: Sequence[float]) -> None:
         """Warns where a trial was told another cost than the one that is known, which is taken for
         exact: it may be of the wrong sign or unit."""
-        costs, _ = space.known(row)
-        for i, cost in zip(
-            self.costs, costs, strict=False
-        ):  # of a row that is infeasible now, none
-            if not math.isclose(cost, values[i], rel_tol=1e-3, abs_tol=1e-12):
+        costs, _ = space.known(row)  # none where it is not feasible
+        for i, cost in zip(self.costs, costs, strict=False):
+            same = math.isclose(cost, values[i], rel_tol=1e-3, abs_tol=1e-12)
+            if not same and i not in self._warned:
+                self._warned.add(i)
                 warnings.warn(
                     f"costs[{i}] gives {cost:g} for a trial whose objective {i} is {values[i]:g}; "
                     "they have to be the same, in the objective's own unit and direction",

@@ -74,7 +74,10 @@ class Space:
         values = list(itertools.chain.from_iterable(self._keys))
         distinct = {key: i for i, key in enumerate(dict.fromkeys(values))}
         starts = np.cumsum([0, *(len(o) for o in options.values())])[:-1]
-        self.coding = Coding(starts, np.eye(len(distinct))[[distinct[key] for key in values]])
+        self.coding = Coding(
+            starts,
+            np.eye(len(distinct), dtype=np.float32)[[distinct[key] for key in values]],
+        )
         free = [i for i in range(len(options)) if i not in self.fixed]
         self._moves = [(i, j) for i in free for j in range(len(self._keys[i]))]
         # Pairs with options in common; of many some at random, as their number grows as the square.

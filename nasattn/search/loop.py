@@ -104,6 +104,7 @@ class Search:
             except TrialFailed as error:
                 self._tell_trouble(str(error))
                 raise
+            self._tell_trouble("")  # another worker may have had one since
         return self.study
 
     def _run(self, total: int) -> None:
@@ -116,7 +117,7 @@ class Search:
             self.study, self.data, self.display, self.leases, self._machine, self._remark
         )
         final.run()
-        self.display.note(self.study.completed())
+        self.display.note(patiently(self.study.completed, self.display.note))
 
     def _tell_trouble(self, text: str) -> None:
         patiently(partial(self.study.trouble, text), self.display.note)

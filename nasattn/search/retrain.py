@@ -8,11 +8,11 @@ from pathlib import Path
 from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data
-from nasattn.errors import Stopped, TrialFailed
+from nasattn.errors import DataFailed, Stopped, TrialFailed
 from nasattn.evaluate.candidate import Evaluator, load_training, score_test
 from nasattn.record import Cost, counted
 from nasattn.search.display import Display, duration
-from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations
+from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations, progress
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.slots import take_training
@@ -59,13 +59,14 @@ class Retraining:
     def _retrain(self) -> None:
         if self.display.study is None:
             self.display.begin(self.study, len(self.study.trials))
+        self.display.final = self._progress()
         self._announce()
         load_training(self.experiment.trainer)
         waits = False
         while left := self._left():
             if job := self._claim(left):
                 self._evaluate(*job)
-            elif not waits and self._left():
+            elif not waits:
                 self._start("waiting for what other workers evaluate")
             waits = job is None
             time.sleep(WAIT * waits)
@@ -80,6 +81,10 @@ class Retraining:
             if (known := stored.get((contender.architecture.key, seed))) is None
             or not known.done(final.test)
         ]
+
+    def _progress(self) -> dict[str, int]:
+        assert self.experiment.final is not None
+        return progress(self.experiment.final, self.planned, self._stored())
 
     def _stored(self) -> dict[tuple[str, int], Evaluation]:
         attributes = patiently(lambda: self.study.optuna.user_attrs, self.display.note)
@@ -118,6 +123,11 @@ class Retraining:
             self._machine.guarded(
                 lambda: evaluator.prepare(self._tick), f"final, seed {seed}: the plain backbone"
             )
+        except DataFailed as error:
+            raise Stopped(
+                f"final, seed {seed}: the plain backbone could not be trained: {error}; the same "
+                "command goes on"
+            ) from error
         except TrialFailed as error:
             for contender in todo:
                 why = f"the plain backbone could not be trained: {error}"
@@ -180,9 +190,9 @@ class Retraining:
             lambda: self.study.optuna.set_user_attr(evaluation.name, value), self.display.note
         )
         seconds, _ = self._ahead()
-        self.display.retrained(
-            evaluation, f"{len(self._left())} to go, about {duration(seconds)} left"
-        )
+        counts = self._progress()
+        left = counts["evaluations"] - counts["done"]
+        self.display.retrained(evaluation, counts, f"{left} to go, about {duration(seconds)} left")
 
     def _announce(self) -> None:
         final = self.experiment.final

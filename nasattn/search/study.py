@@ -35,7 +35,7 @@ FACTS = "nasattn"
 SCORE, PARTIAL, REASON, REMARKS = "score", "partial", "reason", "remarks"
 TOKEN = "token"  # of a row: what its weights say that they are of
 REMARK = "remark:"  # attributes of a study, each a text under a name of its own
-TROUBLE = REMARK + "trouble"  # the one of why the last search could not go on
+TROUBLE = "trouble"  # the attribute of what keeps the plain backbone from being trained
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -261,9 +261,10 @@ class Study:
 
     def completed(self) -> str:
         """That it is over, in words."""
-        states = [t.state for t in self.trials]
-        failed = f", {count} of them failed" if (count := states.count("failed")) else ""
-        return f"the study '{self.name}' is complete: {finished(self.trials)} trials{failed}"
+        trials = self.trials
+        count = sum(t.state == "failed" for t in trials)
+        failed = f", {count} of them failed" if count else ""
+        return f"the study '{self.name}' is complete: {finished(trials)} trials{failed}"
 
     def summary(self) -> dict[str, Any]:
         """How far the study is, as plain data."""
@@ -282,7 +283,7 @@ class Study:
             "frontier": [t.number for t in self.frontier(trials)],
             "final": self.final(trials),
             "halving": halving.notes(trials, self.asked) if halving else [],
-            "remarks": self.remarks(),
+            "remarks": self.remarks() + self.troubles(),
             "workers": self.workers(),
             "failures": [
                 {"number": t.number, "key": t.architecture.key, "reason": t.reason}
@@ -309,9 +310,13 @@ class Study:
             storage.set_trial_user_attr(row, REMARKS, [*told, text])
 
     def trouble(self, text: str) -> None:
-        """Keep among the remarks why a search could not go on, until the next one begins ("")."""
-        if text or self.optuna.user_attrs.get(TROUBLE):
+        """Keep why the plain backbone could not be trained, until that no longer holds ("")."""
+        if text or self.troubles():
             self.optuna.set_user_attr(TROUBLE, text)
+
+    def troubles(self) -> list[str]:
+        """What is kept so, if anything is."""
+        return [text] if (text := self.optuna.user_attrs.get(TROUBLE)) else []
 
     def remarks(self) -> list[str]:
         """All that is kept so, each text once."""
@@ -322,7 +327,7 @@ class Study:
         """What was said of trainings, and the weights of the baseline, are not of the experiment as
         it is to be: it was edited before the baseline was told."""
         for name in self.optuna.user_attrs:
-            if name.startswith(REMARK):
+            if name.startswith((REMARK, TROUBLE)):
                 self.optuna.set_user_attr(name, "")
         for row in self.rows():
             self.optuna._storage.set_trial_user_attr(row._trial_id, TOKEN, secrets.token_hex(8))

@@ -100,7 +100,10 @@ def weights_of(inputs: Inputs, targets: Floats, unlike: float) -> Floats:
     targets = targets - targets.mean()
     for _ in range(ROUNDS):
         x = inputs.options @ coding.weighted(weights)
-        worth = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ targets)
+        if len(x) < x.shape[1]:  # the same by the rows, of which there are fewer than values
+            worth = x.T @ np.linalg.solve(x @ x.T + np.eye(len(x)), targets)
+        else:
+            worth = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ targets)
         parts = np.add.reduceat(inputs.options * (coding.values @ worth), coding.starts, axis=1)
         noise = max(float(np.mean((targets - parts @ weights) ** 2)), 1e-3)
         matrix = parts.T @ parts + noise / unlike**2 * np.eye(len(weights))

@@ -6,7 +6,8 @@ from typing import Any
 
 from nasattn.record import FINISHED, Trial, counted
 from nasattn.search.display import Display, Worker
-from nasattn.search.final import evaluations
+from nasattn.search.final import contenders, evaluations, progress
+from nasattn.search.final_text import count
 from nasattn.search.lease import Watch
 from nasattn.search.outage import patiently
 from nasattn.search.study import Study, finished
@@ -23,7 +24,6 @@ class Follower:
         self._workers: set[str] | None = None
         self._remarks: set[str] = set()
         self._backbone = False  # whether its training was told
-        self._final = False  # whether its beginning was told
         self._evaluated: set[tuple[str, int]] | None = None  # of the `final`, what was told
 
     def look(self) -> bool:
@@ -46,27 +46,31 @@ class Follower:
             for trial in trials:
                 if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
                     display.end(trial, trials, refused)
-        self._tell_final(trials)
+        left = self._tell_final(trials)
         self._workers = {w.where for w in workers}
         self._remarks = set(remarks)
         self._states = {t.number: t.state for t in trials}
         display.show(workers, trials, refused)
-        return bool(workers) or not self.study.over(total, trials)
+        return bool(workers) or finished(trials) < total or left > 0
 
-    def _tell_final(self, trials: Sequence[Trial]) -> None:
+    def _tell_final(self, trials: Sequence[Trial]) -> int:
+        """Say what of the `final` was evaluated since the last look; how much is to come."""
         display, final = self.display, self.study.config.final
-        display.final = self.study.final_progress(trials)
-        if final is None or display.final is None:
-            return
+        display.final = None
+        if final is None or finished(trials) < display.total:
+            return 0
         stored = evaluations(self.study.optuna.user_attrs)
+        planned = contenders(trials, self.study.frontier(trials))
+        display.final = counts = progress(final, planned, stored)
+        left = counts["evaluations"] - counts["done"]
         done = {key for key, evaluation in stored.items() if evaluation.done(final.test)}
-        left = display.final["evaluations"] - display.final["done"]
-        if left and not self._final and finished(trials) >= display.total:
+        if left and self._evaluated is None and self._workers is not None:
             display.note(f"final: {counted(left, 'evaluation')} to go")
-            self._final = True
-        for key in sorted(done - (done if self._evaluated is None else self._evaluated)):
-            display.retrained(stored[key], f"{left} to go")
+        new = done - (done if self._evaluated is None else self._evaluated)
+        for n, (seed, key) in enumerate(sorted((seed, key) for key, seed in new)):
+            display.retrained(stored[key, seed], counts, f"{left + len(new) - 1 - n} to go")
         self._evaluated = done
+        return left
 
     def _tell_workers(self, workers: Sequence[Worker]) -> None:
         before, now = self._workers or set(), {w.where for w in workers}
@@ -107,7 +111,8 @@ def watch(study: Study, display: Display, interval: float) -> None:
             look()
             if not display.console.is_terminal:
                 done = f"{finished(display.trials)} of {display.total} trials"
-                display.note(f"{study.name}: {done}, {display.summary()}")
+                final = f", final {count(display.final)}" if display.final else ""
+                display.note(f"{study.name}: {done}, {display.summary()}{final}")
             if not display.workers and not study.over(display.total, display.trials):
                 display.note("nobody works on it; it goes on by `nasattn search` or `resume`")
             while look():

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from nasattn.config import Experiment
 from nasattn.errors import Stopped, UserError, lookup
+from nasattn.record import counted
 from nasattn.search.display import Display
 from nasattn.search.final import evaluations
 from nasattn.search.launchers import STORAGE, Launcher, Local, Process
 from nasattn.search.loop import Search
-from nasattn.search.outage import gone
+from nasattn.search.outage import gone, patiently
 from nasattn.search.ray_launcher import Ray
 from nasattn.search.slurm_launcher import Slurm, read_options
 from nasattn.search.study import Study, finished
@@ -112,9 +113,13 @@ class Crew:
             lines = []
         if lines:
             return lines[-1].removeprefix("nasattn: ")
-        left = shutil.disk_usage(self.study.folder).free
-        full = f"; the disk of {self.study.folder} is full: make room, the same command goes on"
-        return "it left no message" + full * (left < FULL)
+        full = ""
+        with suppress(OSError):
+            if shutil.disk_usage(self.study.folder).free < FULL:
+                full = (
+                    f"; the disk of {self.study.folder} is full: make room, then the same command"
+                )
+        return f"it left no message{full}"
 
 
 def launcher(
@@ -161,6 +166,9 @@ def search_with(
         return search.run(total)
     if finished(study.trials) < total or study.promotable():
         search.announce(total, count)
+    elif counts := study.final_progress(study.trials):
+        left = counts["evaluations"] - counts["done"]
+        display.note(f"final: {counted(left, 'evaluation')} to go")
     del search
     crew = Crew(launcher, study, count, display.note)
     follower, away, rest, progress = Follower(study, display), False, REST, 0
@@ -187,6 +195,6 @@ def search_with(
     if away or (crew.last_words and not study.over(total)):
         raise Stopped(crew.last_words or "the database does not answer")
     if study.over(total):
-        study.write_final()
-        display.note(study.completed())
+        patiently(study.write_final, display.note)
+        display.note(patiently(study.completed, display.note))
     return study

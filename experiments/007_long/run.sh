@@ -3,11 +3,12 @@
 set -e
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
-rm -rf runs && mkdir runs
+rm -rf runs
 for trials in 100 5000; do
     echo "$trials trials"
-    python long.py make "runs/$trials.db" --trials "$trials"
-    python long.py measure "runs/$trials.db"
-    python long.py loop "runs/$trials.db" --trials 20
-    python long.py grow "runs/$trials.db"
+    mkdir -p "runs/$trials"  # of its own: the studies have one name
+    python long.py make "runs/$trials/long.db" --trials "$trials"
+    python long.py measure "runs/$trials/long.db"
+    python long.py loop "runs/$trials/long.db" --trials 20
+    python long.py grow "runs/$trials/long.db"
 done

@@ -108,12 +108,12 @@ def watch(study: Study, display: Display, interval: float) -> None:
 
     try:
         with display:
-            look()
+            goes_on = look()
             if not display.console.is_terminal:
                 done = f"{finished(display.trials)} of {display.total} trials"
                 final = f", final {count(display.final)}" if display.final else ""
                 display.note(f"{study.name}: {done}, {display.summary()}{final}")
-            if not display.workers and not study.over(display.total, display.trials):
+            if goes_on and not display.workers:
                 display.note("nobody works on it; it goes on by `nasattn search` or `resume`")
             while look():
                 time.sleep(interval)

@@ -116,9 +116,8 @@ class Crew:
         full = ""
         with suppress(OSError):
             if shutil.disk_usage(self.study.folder).free < FULL:
-                full = (
-                    f"; the disk of {self.study.folder} is full: make room, then the same command"
-                )
+                full = f"; the disk of {self.study.folder} is full: make room, "
+                full += "the same command goes on"
         return f"it left no message{full}"
 
 

@@ -24,7 +24,7 @@ from nasattn.files import Files, replace_file
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.database import shown, sqlite_path
-from nasattn.search.final import contenders, evaluations, progress, summarise
+from nasattn.search.final import Evaluation, contenders, evaluations, progress, summarise
 from nasattn.search.lease import Watch, workers
 from nasattn.search.rows import Database
 from nasattn.search.stopping import ParetoHalving
@@ -252,12 +252,16 @@ class Study:
         stored = evaluations(self.optuna.user_attrs)
         return summarise(self.config, trials, self.frontier(trials), stored)
 
-    def final_progress(self, trials: Sequence[Trial]) -> dict[str, int] | None:
-        """How many of its evaluations are asked for, done, and have failed."""
+    def final_progress(
+        self, trials: Sequence[Trial], stored: Mapping[tuple[str, int], Evaluation] | None = None
+    ) -> dict[str, int] | None:
+        """How many of its evaluations are asked for, done, and have failed. stored: those that
+        there are, where they have been read already."""
         if self.config.final is None:
             return None
         planned = contenders(trials, self.frontier(trials))
-        return progress(self.config.final, planned, evaluations(self.optuna.user_attrs))
+        stored = evaluations(self.optuna.user_attrs) if stored is None else stored
+        return progress(self.config.final, planned, stored)
 
     def completed(self) -> str:
         """That it is over, in words."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from nasattn.record import FINISHED, Trial, counted
 from nasattn.search.display import Display, Worker
-from nasattn.search.final import contenders, evaluations, progress
+from nasattn.search.final import evaluations
 from nasattn.search.final_text import count
 from nasattn.search.lease import Watch
 from nasattn.search.outage import patiently
@@ -60,8 +60,9 @@ class Follower:
         if final is None or finished(trials) < display.total:
             return 0
         stored = evaluations(self.study.optuna.user_attrs)
-        planned = contenders(trials, self.study.frontier(trials))
-        display.final = counts = progress(final, planned, stored)
+        counts = self.study.final_progress(trials, stored)
+        assert counts is not None
+        display.final = counts
         left = counts["evaluations"] - counts["done"]
         done = {key for key, evaluation in stored.items() if evaluation.done(final.test)}
         if left and self._evaluated is None and self._workers is not None:

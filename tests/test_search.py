@@ -1146,10 +1146,14 @@ def test_a_gpu_that_is_lost_by_the_plain_backbone_is_tried_again(
         for _ in range(4):
             with pytest.raises(DeviceLost, match=r"failed and left .* \(CUDA error: [a-z ]*\);"):
                 searching(path).run(2)
+        search = searching(path)
+        assert search.study.troubles() == [], "a new process goes on at once"
         with pytest.raises(Stopped, match="5 trainings in a row broke here"):
-            searching(path).run(2)
+            search.run(2)
+        assert "5 trainings in a row broke here" in search.study.troubles()[0]
     study = searching(path).run(2)
     assert [t.state for t in study.trials] == ["scored"] * 2
+    assert study.troubles() == []
 
 
 def test_the_command_has_cublas_repeat_itself(monkeypatch: pytest.MonkeyPatch) -> None:

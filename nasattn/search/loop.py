@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import Stopped, TrialFailed, UserError
+from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 from nasattn.evaluate import on_cuda
 from nasattn.evaluate.candidate import Evaluator, Weights, check_single, store
 from nasattn.files import check_writable
@@ -25,7 +25,7 @@ from nasattn.search.display import Display, duration
 from nasattn.search.growth import told
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.opening import FREE, open_study, same_images
-from nasattn.search.outage import Machine, patiently
+from nasattn.search.outage import Machine, full, gone, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
 from nasattn.search.slots import Job, Slots, Turn, take_training, weights_file
@@ -101,8 +101,10 @@ class Search:
             self._tell_trouble("")
             try:
                 self._run(self.plan(total))
-            except TrialFailed as error:
-                self._tell_trouble(str(error))
+            except (TrialFailed, Stopped) as error:
+                # Not where it cannot be written, nor where a new process goes on at once.
+                if not (gone(error) or full(error) or isinstance(error, DeviceLost)):
+                    self._tell_trouble(str(error))
                 raise
             self._tell_trouble("")  # another worker may have had one since
         return self.study

@@ -35,7 +35,7 @@ FACTS = "nasattn"
 SCORE, PARTIAL, REASON, REMARKS = "score", "partial", "reason", "remarks"
 TOKEN = "token"  # of a row: what its weights say that they are of
 REMARK = "remark:"  # attributes of a study, each a text under a name of its own
-TROUBLE = "trouble"  # the attribute of what keeps the plain backbone from being trained
+TROUBLE = "trouble"  # the attribute of why a worker ended before the study was complete
 
 STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "scored",
@@ -314,7 +314,7 @@ class Study:
             storage.set_trial_user_attr(row, REMARKS, [*told, text])
 
     def trouble(self, text: str) -> None:
-        """Keep why the plain backbone could not be trained, until that no longer holds ("")."""
+        """Keep why a worker ended before the study was complete, until another begins ("")."""
         if text or self.troubles():
             self.optuna.set_user_attr(TROUBLE, text)
 

@@ -57,6 +57,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes that train."
 Launcher = Annotated[
     str, typer.Option(help="Where they run: local (this machine) | ray | slurm.", metavar="NAME")
 ]
+Retry = Annotated[bool, typer.Option("--retry", help="Also train again what has failed.")]
 LauncherOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -74,6 +75,7 @@ def search(
     trials: Trials = None,
     storage: Storage = None,
     workers: Workers = None,
+    retry: Retry = False,
     launcher: Launcher = "local",
     launcher_option: LauncherOptions = None,
     new_study: Annotated[
@@ -94,7 +96,7 @@ def search(
             )
             loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
-    _search(loaded, found, trials, workers, launcher, launcher_option)
+    _search(loaded, found, trials, workers, retry, launcher, launcher_option)
 
 
 @app.command()
@@ -105,12 +107,13 @@ def resume(
     study: Annotated[str, typer.Option(help="The study's name.", metavar="NAME")],
     trials: Trials = None,
     workers: Workers = None,
+    retry: Retry = False,
     launcher: Launcher = "local",
     launcher_option: LauncherOptions = None,
 ) -> None:
     """Go on with a study from its database alone: the experiment is stored in it."""
     found = _study(None, storage, study)
-    _search(found.config, found, trials, workers, launcher, launcher_option)
+    _search(found.config, found, trials, workers, retry, launcher, launcher_option)
 
 
 @app.command()
@@ -361,6 +364,7 @@ def _search(
     found: "Study | None",
     trials: int | None,
     workers: int | None,
+    retry: bool,
     launcher: str,
     options: list[str] | None,
 ) -> None:
@@ -372,7 +376,8 @@ def _search(
 
         with _loading():
             complete, done = found.complete(experiment, total), finished(found.trials)
-        if complete and launcher == "local" and not options:  # others are checked all the same
+        bare = launcher == "local" and not options  # others are checked all the same
+        if complete and bare and not retry:
             found.write_frontier()
             found.write_final()
             print(found.completed())
@@ -398,10 +403,12 @@ def _search(
     start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
-            study = search_with(experiment, total, count, display, start, found)
+            study = search_with(experiment, total, count, display, start, found, retry)
         else:
             with _loading():
                 search = Search(experiment, display, found)
+            if retry:
+                search.retry()
             study = search.run(total)
     except DeviceLost as error:
         print(f"nasattn: {error}", file=sys.stderr, flush=True)

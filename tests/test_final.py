@@ -471,10 +471,14 @@ class Formula:
         return 0.0
 
 
-def run(path: Path, trials: int = 4) -> Study:
+def searching(path: Path) -> Search:
     search = Search(Experiment.load(path), Display(Console(quiet=True)))
     search.evaluator = Formula()  # type: ignore[assignment]
-    return search.run(trials)
+    return search
+
+
+def run(path: Path, trials: int = 4) -> Study:
+    return searching(path).run(trials)
 
 
 def figures(study: Study) -> dict[tuple[str, int], tuple[float | None, float | None, str]]:
@@ -680,6 +684,9 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     count = len(trained.fits)
     run(path)
     assert len(trained.fits) == count, "a failure is an answer"
+    search = searching(path)
+    search.retry()
+    assert figures(search.run(4)) == figures(run(write("whole"))), "as if nothing had failed"
 
 
 def test_a_backbone_that_fails_costs_its_seed_alone(

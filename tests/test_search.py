@@ -384,6 +384,30 @@ def test_a_failure_is_recorded_and_the_search_goes_on(
     assert all(t.score is None for t in study.trials if t.state == "failed")
     assert {t.number for t in study.frontier()} <= {0, 4}
     assert study.summary()["failed"] == 3
+    search = searching(write())
+    search.retry()
+    assert [t.state for t in search.study.trials] == ["scored", *["running"] * 3, "scored"]
+    assert rows(search.run(5)) == rows(searching(write("whole")).run(5)), "as if nothing had failed"
+
+
+def test_what_has_failed_is_tried_again_when_asked_for(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("oops")
+
+    path = write(training={"epochs": 1, "batch_size": 32})
+    by_formula(path, 1)
+    search = [str(path), "--trials", "3", "--workers"]
+    with monkeypatch.context() as patch:
+        patch.setattr(candidate, "fit", broken)
+        said = CliRunner().invoke(cli.app, ["search", *search, "1"]).output
+    assert "complete: 3 trials, 2 of them failed (--retry trains them again)" in said
+    said = CliRunner().invoke(cli.app, ["search", *search, "2", "--retry"]).output
+    assert "to be tried again: 2 trials that failed" in said
+    assert said.count("is complete: 3 trials\n") == 1, said
+    said = CliRunner().invoke(cli.app, ["search", *search, "1", "--retry"]).output
+    assert "to be tried again: 0 trials that failed" in said and "is complete: 3 trials\n" in said
 
 
 def test_a_baseline_that_fails_ends_the_search_and_is_tried_again(write: Write) -> None:

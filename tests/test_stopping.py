@@ -446,6 +446,27 @@ def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) ->
     assert told(study.trials) == told(halved.trials)
 
 
+def test_what_failed_at_a_rung_is_tried_again(tmp_path: Path) -> None:
+    search, calls = searching(tmp_path, sampler="random"), itertools.count(1)
+    table, rungs = search.evaluator, list[int]()
+
+    class Failing(TableEvaluator):
+        def __call__(self, architecture: Architecture, tick: Any, **options: Any) -> Any:
+            if next(calls) % 7 == 0:
+                rungs.append(options["rung"])
+                raise TrialFailed("out of memory")
+            return table(architecture, tick, **options)
+
+    search.evaluator = Failing(TABLE)
+    failed = [t.state for t in search.run(TRIALS).trials].count("failed")
+    assert failed == len(rungs) and min(rungs) == 0 < max(rungs)
+    search = searching(tmp_path, sampler="random")
+    search.retry()
+    study = search.run(TRIALS)
+    assert {t.state for t in study.trials} == {"scored", "stopped"}
+    assert study.complete(study.config, TRIALS)
+
+
 def test_two_workers_halve_one_study(tmp_path: Path, storage: str) -> None:
     def search() -> Search:
         return searching(tmp_path, storage, sampler="random")

@@ -289,7 +289,10 @@ def test_a_last_trial_that_kills_is_told_and_counted(write: Write) -> None:
     search.display.note = said.append  # type: ignore[method-assign]
     search.evaluator = Formula()  # type: ignore[assignment]
     search.run(6)
-    assert "the study 'tiny' is complete: 6 trials, 1 of them failed" in said
+    assert (
+        "the study 'tiny' is complete: 6 trials, 1 of them failed (--retry trains them again)"
+        in said
+    )
     assert [t.state for t in search.study.trials] == ["scored"] * 5 + ["failed"]
 
 

@@ -102,11 +102,11 @@ def control_of(architecture: Architecture) -> Architecture | None:
 
 
 def evaluations(attributes: Mapping[str, Any]) -> dict[tuple[str, int], Evaluation]:
-    """(architecture key, seed) -> what a study's attributes hold."""
+    """(architecture key, seed) -> what a study's attributes hold. An empty one is to come again."""
     read = (
         Evaluation.from_dict(value)
         for name, value in attributes.items()
-        if name.startswith(f"{FINAL}:")
+        if name.startswith(f"{FINAL}:") and value
     )
     return {(e.architecture.key, e.seed): e for e in read}
 

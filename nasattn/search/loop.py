@@ -109,6 +109,16 @@ class Search:
             self._tell_trouble("")  # another worker may have had one since
         return self.study
 
+    def retry(self) -> None:
+        """Have what has failed trained again, by any worker."""
+        note = self.display.note
+        with self._leases() as leases:
+            slots = Slots(self.study, 0, leases, self.gate, self.stopping, note)
+            trials = patiently(slots.reopen, note)
+        final = patiently(self.study.reopen, note)
+        more = f" and {counted(final, 'evaluation')} of the final" if final else ""
+        note(f"to be tried again: {counted(trials, 'trial')}{more} that failed")
+
     def _run(self, total: int) -> None:
         if finished(self.study.trials) < total or self.study.promotable():
             self.announce(total)

@@ -26,7 +26,7 @@ from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, PARTIAL, REASON, SCORE, TOKEN, Study, claim, read_trial
 
 DEATHS = "deaths"
-FIRST = "first"  # of a promoted trial: Optuna's id of the first of its rows
+FIRST = "first"  # of a trial in a new row: Optuna's id of the first of its rows
 # So many workers die at the same step of a training, or at any since its last checkpoint, before it
 # is given up: what kills by itself does so at one step, kills from outside fall at many.
 MOST_DEATHS, MOST_ANYWHERE = 3, 8
@@ -117,6 +117,17 @@ class Slots:
         state = TrialState.RUNNING if job.trial.baseline else TrialState.FAIL
         self._tell(job, state, {REASON: reason, "traceback": trace})
 
+    def reopen(self) -> int:
+        """Have the failed trials trained again, by any worker; how many there are."""
+        count = 0
+        while True:
+            with suppress(TurnLost), self.leases.turn():
+                for row in self.study.rows():
+                    if row.state is TrialState.FAIL:
+                        self._again(row)
+                        count += 1
+                return count
+
     def goes_on(self, job: Job, partial: Score) -> bool:
         """Store a trial's score at a rung; whether it is trained on. If not, it is told so."""
         if not self._mine(job):
@@ -174,13 +185,16 @@ class Slots:
         return True
 
     def _promoted(self, rows: Sequence[FrozenTrial], trials: Sequence[Trial]) -> Job | None:
-        """A stopped trial goes on in a new row, as a row that was told cannot change any more."""
+        """The stopped trial that should go on, if any."""
         if self.stopping is None:
             return None
         trial = self.stopping.promotable(trials, all_begun=self._all_begun(trials))
         if trial is None or not self.leases.acquire(trial_lease(trial.number)):
             return None
-        old = rows[trial.number]
+        return self._again(rows[trial.number])
+
+    def _again(self, old: FrozenTrial) -> Job:
+        """A trial goes on in a new row, as a row that was told cannot change any more."""
         kept = (FACTS, PARTIAL, TOKEN, FIRST)
         attributes = {k: v for k, v in old.user_attrs.items() if k in kept}
         attributes.setdefault(FIRST, old._trial_id)

@@ -267,7 +267,7 @@ class Study:
         """That it is over, in words."""
         trials = self.trials
         count = sum(t.state == "failed" for t in trials)
-        failed = f", {count} of them failed" if count else ""
+        failed = f", {count} of them failed (--retry trains them again)" if count else ""
         return f"the study '{self.name}' is complete: {finished(trials)} trials{failed}"
 
     def summary(self) -> dict[str, Any]:
@@ -312,6 +312,14 @@ class Study:
         told = storage.get_trial(row).user_attrs.get(REMARKS, [])
         if text not in told:
             storage.set_trial_user_attr(row, REMARKS, [*told, text])
+
+    def reopen(self) -> int:
+        """Have the evaluations of the `final` that failed made again; how many there are."""
+        stored = evaluations(self.optuna.user_attrs).values()
+        names = [evaluation.name for evaluation in stored if evaluation.reason]
+        for name in names:
+            self.optuna.set_user_attr(name, None)
+        return len(names)
 
     def trouble(self, text: str) -> None:
         """Keep why a worker ended before the study was complete, until another begins ("")."""

@@ -153,14 +153,18 @@ def search_with(
     display: Display,
     launcher: Launcher,
     found: Study | None = None,
+    retry: bool = False,
 ) -> Study:
-    """Go on until the study has `total` finished trials, by `count` workers. found: see Search.
+    """Go on until the study has `total` finished trials, by `count` workers. found: see Search;
+    retry: what has failed, too.
 
     Raises Stopped with the last worker's words when all have ended before.
     """
     search = Search(experiment, display, found)
     study = search.study
     total = search.plan(total)
+    if retry:
+        search.retry()
     if study.over(total):
         return search.run(total)
     if finished(study.trials) < total or study.promotable():

@@ -96,13 +96,17 @@ def search(
             )
             loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
-    _search(loaded, found, trials, workers, retry, launcher, launcher_option)
+    asked = trials or loaded.search.trials
+    _search(loaded, found, asked, workers, retry, launcher, launcher_option)
 
 
 @app.command()
 def resume(
     storage: Annotated[
-        str, typer.Option(envvar="NASATTN_STORAGE", help="Database URL.", metavar="URL")
+        str,
+        typer.Option(
+            envvar="NASATTN_STORAGE", help="Database URL.", metavar="URL", callback=_at_home
+        ),
     ],
     study: Annotated[str, typer.Option(help="The study's name.", metavar="NAME")],
     trials: Trials = None,
@@ -380,7 +384,7 @@ def _search(
         if complete and bare and not retry:
             found.write_frontier()
             found.write_final()
-            print(found.completed())
+            print(found.completion())
             print_results(found)
             return
         # Before the seconds that it takes to load what trains.
@@ -403,34 +407,34 @@ def _search(
     start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
-            study = search_with(experiment, total, count, display, start, found, retry)
+            study = search_with(experiment, trials, count, display, start, found, retry)
         else:
             with _loading():
                 search = Search(experiment, display, found)
             if retry:
                 search.retry()
-            study = search.run(total)
+            study = search.run(trials)
     except DeviceLost as error:
         print(f"nasattn: {error}", file=sys.stderr, flush=True)
-        _renew(search.study)
+        _renew(experiment)
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
     print_results(study)
 
 
-def _renew(study: "Study") -> "NoReturn":
+def _renew(experiment: "Experiment") -> "NoReturn":
     """Go on with the study as a new process, which is started as this one was."""
     import multiprocessing
 
     from nasattn.search.launchers import STORAGE
 
-    os.environ[STORAGE] = study.storage
+    os.environ[STORAGE] = experiment.storage
     for loader in multiprocessing.active_children():  # they would outlive this program
         loader.kill()
         loader.join()
     program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
-    again = ["resume", "--study", study.name, "--workers", "1"]
+    again = ["resume", "--study", experiment.study, "--workers", "1"]
     os.execv(sys.executable, [sys.executable, *program, *again])
 
 

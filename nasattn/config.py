@@ -29,7 +29,6 @@ from nasattn.document import (
     check,
     load_yaml,
     read_number,
-    read_whole,
     tuples,
 )
 from nasattn.errors import UserError, suggest
@@ -459,22 +458,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             was, now = ("nothing" if v is None else repr(v) for v in (before, after))
             lines.append(f"{prefix}{key}: {was} -> {now}")
     return lines
-
-
-__all__ = [
-    "Budget",
-    "CuedDigits",
-    "Experiment",
-    "Final",
-    "ImageFolder",
-    "Limit",
-    "Metric",
-    "Schedule",
-    "Search",
-    "TrainerFile",
-    "Training",
-    "artifacts_url",
-    "differences",
-    "read_whole",
-    "storage_url",
-]

@@ -1,7 +1,7 @@
 """The errors a user can act on. The command line prints them without a traceback."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -37,6 +37,12 @@ def suggest(word: object, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` when something allowed is close to the word, else the empty string."""
     near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def first_few(names: Sequence[str], most: int = 6) -> str:
+    """`a, b, c and 7 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:

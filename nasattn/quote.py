@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -52,8 +53,8 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     """`3,224,224` -> (3, 224, 224)."""
     if text is None:
         return None
-    parts = text.split(",")
-    if len(parts) not in (3, 4) or not all(part.strip().isdigit() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) not in (3, 4) or not all(re.fullmatch("0*[1-9][0-9]{0,6}", p) for p in parts):
         raise UserError(f"--shape: got '{text}'; allowed: channels,height,width such as 3,224,224")
     return tuple(int(part) for part in parts)
 

@@ -91,9 +91,7 @@ def fake_study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
         space = SearchSpace.of(experiment.space)
         pricing = Pricing.of(experiment, space)
         limits = {str(m): x.resolve(pricing.plain[m]) for m, x in experiment.budget.items()}
-        study = open_study(
-            experiment, space_facts(pricing, limits), optuna.samplers.RandomSampler()
-        )
+        study = open_study(experiment, space_facts(pricing, limits))
         for slot, architecture in enumerate(_fitting(space, limits, trials)):
             _add(study, space, slot, architecture, seeds, failed=slot >= trials - failures)
         return study

@@ -49,7 +49,7 @@ KNOWN: dict[str, Any] = {
 
 def opened(storage: str, **changes: Any) -> Study:
     experiment = Experiment.from_dict(FIELDS | {"storage": storage} | changes)
-    return open_study(experiment, KNOWN, optuna.samplers.RandomSampler())
+    return open_study(experiment, KNOWN)
 
 
 def test_trials_added_at_once_are_numbered_one_by_one(storage: str) -> None:
@@ -173,6 +173,11 @@ def test_every_spelling_of_a_url_is_one_database(postgres: str, scheme: str) -> 
     opened(postgres)
     spelled = f"{scheme}://{postgres.partition('://')[2]}"
     assert load_study(spelled, "shared").facts == opened(spelled).facts
+
+
+def test_a_port_that_is_no_number_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the URL's port is no whole number; allowed: postgresql:"):
+        load_study("postgresql://me:secret@host:abc/x", "shared")
 
 
 def unreachable(postgres: str) -> dict[str, str]:

@@ -341,27 +341,34 @@ def test_a_former_member_has_its_control_still(study: Study) -> None:
 def test_a_database_that_is_away_while_an_evaluation_is_told_is_waited_for(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At whichever of the reads."""
+    """At whichever of the reads, of the study's attributes and of its trials."""
     Trainings(monkeypatch)
     monkeypatch.setattr(outage, "pause", lambda seconds: None)
     study, left = run(write()), 0
     search = Search(study.config, Display(Console(quiet=True)))
-    real = type(search.study.optuna).user_attrs
+    kind = type(search.study.optuna)
+    attributes, trials = kind.user_attrs.fget, kind.get_trials  # type: ignore[attr-defined]
 
-    def failing(self: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise OperationalError("", None, Exception("away"))
-        return real.fget(self)  # type: ignore[attr-defined]
+    def failing(real: Any) -> Any:
+        def read(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OperationalError("", None, Exception("away"))
+            return real(*arguments, **options)
+
+        return read
 
     with search._leases() as leases:
         search.display.begin(search.study, 4)
-        final = Retraining(
-            search.study, search.data, search.display, leases, search._machine, search._remark
-        )
         evaluation = next(iter(evaluations(study.optuna.user_attrs).values()))
-        monkeypatch.setattr(type(search.study.optuna), "user_attrs", property(failing))
+        monkeypatch.setattr(kind, "user_attrs", property(failing(attributes)))
+        monkeypatch.setattr(kind, "get_trials", failing(trials))
+        for read in range(1, 12):
+            left = read
+            final = Retraining(
+                search.study, search.data, search.display, leases, search._machine, search._remark
+            )
         for read in range(1, 12):
             left = read
             final._store(evaluation)

@@ -159,3 +159,36 @@ def test_the_command_says_what_it_freed_and_what_would_be_needed(study: Study) -
 )
 def test_size_text(count: float, text: str) -> None:
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize("name", ["final", "weights", "checkpoints"])
+def test_a_study_may_be_named_as_one_of_its_folders(fake_study: FakeStudy, name: str) -> None:
+    study = fake_study(6, study=name)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    backbone = study.folder / "backbone.safetensors"
+    backbone.write_bytes(bytes(50))
+    assert [item.path for item in collect(study).kept] == [backbone]
+    assert backbone.exists()
+
+
+def test_what_a_person_put_there_stays(study: Study) -> None:
+    mine = study.folder / "checkpoints" / "3.bak", study.folder / "weights" / "3.bak.safetensors"
+    for path in mine:
+        path.mkdir()
+    found = collect(study)
+    assert not {item.path for item in (*found.kept, *found.dropped)} & set(mine)
+    assert all(path.exists() for path in mine)
+
+
+def test_what_killed_writers_leave_goes_when_nobody_works(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ".frontier.csv.0f3a.draft", "weights/.5.safetensors.draft"
+    drafts = [study.folder / name for name in names]
+    for draft in drafts:
+        draft.write_bytes(bytes(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "workers", lambda self: [{"pid": 1}])
+        assert set(drafts) <= {item.path for item in collect(study).kept}
+    assert set(drafts) <= {item.path for item in collect(study).dropped}
+    assert not any(draft.exists() for draft in drafts)

@@ -31,6 +31,7 @@ from nasattn.config import Experiment, TrainerFile
 from nasattn.errors import Stopped, UserError
 from nasattn.search import launchers
 from nasattn.search.launchers import visible_devices
+from nasattn.search.ray_launcher import RayProcess
 from nasattn.search.slurm_launcher import SLURM, Queue, Slurm, SlurmProcess, read_options
 from nasattn.search.study import Study
 from nasattn.search.workers import Crew, launcher
@@ -243,6 +244,21 @@ def test_who_stops_the_search_stops_all_workers_cleanly(
     assert len(logs) == 2
     assert all("stopped; what is finished is kept" in log for log in logs), logs
     assert study.workers() == [], "each has signed off"
+
+
+def test_an_actor_that_may_have_begun_is_replaced(tmp_path: Path) -> None:
+    """Its answer was lost, and stays so however often it is asked for. No Ray, as none can be made
+    to lose that one."""
+    exceptions = pytest.importorskip("ray.exceptions")
+    killed: list[Any] = []
+
+    def get(ref: str) -> Any:
+        raise exceptions.ActorUnavailableError("the network", b"0" * 16)
+
+    stub = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=get, kill=killed.append)
+    process = RayProcess(stub, "the actor", "begun", tmp_path / "log")
+    assert process.poll() == -signal.SIGKILL == process.poll()
+    assert killed == ["the actor"]
 
 
 # --- what is said of wrong input

@@ -174,5 +174,8 @@ def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
         quote("builtins:dict")
     with pytest.raises(UserError, match=r"--shape: .* has its own input"):
         quote(str(ROOT / "experiments/001_quickstart/experiment.yaml"), (3, 8, 8))
+    for shape in ("0,3,3", "²,3,3", "3,3", "3,3,3,3,3", ""):
+        done = CliRunner().invoke(app, ["cost", "torch.nn:Identity", "--shape", shape])
+        assert "allowed: channels,height,width" in str(done.exception)
     done = CliRunner().invoke(app, ["cost", "torch.nn:Identity", "--by-site"])
     assert isinstance(done.exception, UserError) and "--by-site" in str(done.exception)

@@ -390,6 +390,65 @@ def test_a_failure_is_recorded_and_the_search_goes_on(
     assert rows(search.run(5)) == rows(searching(write("whole")).run(5)), "as if nothing had failed"
 
 
+def test_on_a_terminal_the_backbones_training_is_seen(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, seen = searching(write()), list[tuple[Any, str]]()
+
+    class Unprepared(Formula):
+        stored = False
+        training = search.study.folder / "backbone.checkpoints"
+
+        def prepare(self, tick: Tick) -> bool:
+            if not self.stored:
+                seen.append((search.display.study, search.display.task))
+            self.stored = True
+            return True
+
+        def estimate(self, trainings: float, *, prepare: bool) -> float:
+            return 1.0
+
+    search.evaluator = Unprepared()  # type: ignore[assignment]
+    study = search.run(2)
+    search = searching(write())
+    search.evaluator = Unprepared()  # type: ignore[assignment]
+    search.train_again(study.trials[1], "token")
+    assert [who and who.name for who, _ in seen] == ["tiny", "tiny"]
+    assert all("the plain backbone" in task for _, task in seen)
+
+
+def test_a_bare_resume_asks_for_what_was_asked_for_last(write: Write) -> None:
+    """Whoever reads the study, and begins seconds later."""
+    path = write()
+    early, late = searching(path), searching(path)
+    late.plan(80)
+    assert early.plan(None) == 80 and late.study.asked == 80
+    assert early.plan(40) == 40 == early.study.asked
+
+
+def test_a_crew_that_loses_its_gpu_goes_on_as_a_new_process(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> Any:
+        raise DeviceLost("trial 3 failed and left this process a GPU of no use")
+
+    began: list[Any] = []
+    monkeypatch.setattr("nasattn.search.workers.search_with", lost)
+    monkeypatch.setattr(cli, "_renew", began.append)
+    found = CliRunner().invoke(cli.app, ["search", str(write()), "--workers", "2"])
+    assert [experiment.study for experiment in began] == ["tiny"], found.exception
+
+
+def test_a_home_is_one_for_every_command(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write()
+    by_formula(path, 2)
+    monkeypatch.setenv("HOME", str(path.parent))
+    of = ["--storage", "sqlite:///~/runs/tiny.db", "--study", "tiny"]
+    for command in (["status"], ["resume", "--trials", "2"]):
+        found = CliRunner().invoke(cli.app, [*command, *of])
+        assert found.exit_code == 0, found.output
+
+
 def test_what_has_failed_is_tried_again_when_asked_for(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,19 +744,6 @@ def test_images_may_move(write: Write, photos: Path, monkeypatch: pytest.MonkeyP
     Image.fromarray(np.zeros((32, 64), np.uint8)).save(photos / "0" / "0.png")
     with pytest.raises(UserError, match=r"data\.root: other images can be read since the study"):
         searching(at(photos))  # the same names, but not the same images
-
-
-def test_weights_of_an_earlier_version_are_known(write: Write, photos: Path) -> None:
-    """It told images by where they lie and their names."""
-    path = write(data={"name": "image_folder", "root": str(photos)}, space=SPACE | {"classes": 2})
-    evaluator = searching(path).evaluator
-    facts = evaluator._facts("root", "digest")
-    assert json.loads(facts["from"])["data"].keys() >= {"root", "digest"}
-    assert "read" not in facts["from"] and "root" not in evaluator._facts()["from"]
-    candidate.store(evaluator._file, {"w": torch.zeros(1)}, facts)
-    assert evaluator.stored
-    candidate.store(evaluator._file, {"w": torch.zeros(1)}, {"from": "another"})
-    assert not evaluator.stored
 
 
 def test_images_that_change_while_the_backbone_is_trained_are_refused(
@@ -1221,7 +1267,7 @@ def test_a_process_that_is_renewed_leaves_no_others(
     monkeypatch.setenv(STORAGE, "")  # taken back at the end
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "nasattn", "search", "e.yaml", "--new"])
     monkeypatch.setattr(sys, "argv", ["nasattn/__main__.py", "search", "e.yaml", "--new"])
-    cli._renew(study)
+    cli._renew(study.config)
     assert loader.exitcode == -signal.SIGKILL
     again = ["-m", "nasattn", "resume", "--study", "tiny", "--workers", "1"]
     assert began == [sys.executable, [sys.executable, *again]]

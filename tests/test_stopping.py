@@ -416,6 +416,22 @@ def test_the_end_of_halving_is_told_once_with_what_is_to_come(halved: Study) -> 
     assert f"about {duration(legs * seconds / epochs)} left" in text.getvalue()
 
 
+def test_who_looks_on_waits_for_what_goes_on_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = searching(tmp_path, sampler="random")
+    mine = search.study.folder / "checkpoints" / "3.bak"
+    mine.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ParetoHalving, "promotable", lambda *_, **__: None)
+        study = search.run(TRIALS)
+    assert finished(study.trials) == TRIALS and study.promotable()
+    assert Follower(study, Display(Console(quiet=True))).look(), "stopped ones are to go on"
+    study = searching(tmp_path, sampler="random").run(TRIALS)
+    assert not Follower(study, Display(Console(quiet=True))).look()
+    assert mine.exists(), "what a person put there is not the search's to delete"
+
+
 def test_who_looks_on_is_told_what_the_rungs_are_worth_once(halved: Study) -> None:
     text = io.StringIO()
     follower = Follower(halved, Display(Console(file=text, width=200)))

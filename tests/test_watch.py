@@ -46,7 +46,7 @@ class Running:
         self.count, self.facts = 0, list[dict[str, Any]]()
         trials = study.trials
         monkeypatch.setattr(Study, "trials", property(lambda s: trials[: self.count]))
-        monkeypatch.setattr(Study, "workers", lambda s, watch=None: self.facts)
+        monkeypatch.setattr(Study, "workers", lambda s, beats=None: self.facts)
 
 
 @pytest.fixture

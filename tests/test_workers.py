@@ -33,7 +33,7 @@ from nasattn.record import Score
 from nasattn.search import lease, loop, outage, workers
 from nasattn.search.database import connect
 from nasattn.search.display import Display
-from nasattn.search.lease import LEAVE, Lease, Leases, Watch
+from nasattn.search.lease import LEAVE, Heartbeats, Lease, Leases
 from nasattn.search.slots import Slots
 from nasattn.search.stopping import ParetoHalving
 from nasattn.space import SearchSpace
@@ -106,7 +106,7 @@ def prices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_watch_believes_beats_and_no_clock_but_its_own() -> None:
     now = [0.0]
-    watch = Watch(lambda: now[0])
+    watch = Heartbeats(lambda: now[0])
 
     def worker(beat: int) -> Lease:
         return Lease("worker:a", "a", beat, {"host": "elsewhere", "place": "elsewhere", "pid": 1})
@@ -123,27 +123,31 @@ def test_a_watch_believes_beats_and_no_clock_but_its_own() -> None:
     assert not look(20, 1e6), "the observer itself was away: it begins anew"
     assert [look(20, 10) for _ in range(7)] == [False] * 6 + [True]
     assert watch.dead(None), "it has signed off"
-    assert not Watch().dead(worker(3)), "not seen before: no judgement"
+    assert not Heartbeats().dead(worker(3)), "not seen before: no judgement"
 
 
 def test_a_process_of_this_host_is_known_to_be_gone_at_once() -> None:
     child = forked(lambda: time.sleep(60))
     me = lease.identity()
     facts = me | {"pid": child.pid, "started": lease._stat(child.pid)[1]}
-    assert not Watch().dead(Lease("worker:a", "a", 0, facts))
-    assert Watch().dead(Lease("worker:a", "a", 0, facts | {"started": "another"})), "pid reused"
+    assert not Heartbeats().dead(Lease("worker:a", "a", 0, facts))
+    assert Heartbeats().dead(Lease("worker:a", "a", 0, facts | {"started": "another"})), (
+        "pid reused"
+    )
     os.kill(child.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while not Watch().dead(Lease("worker:a", "a", 0, facts)):  # a zombie until it is waited for
+    while not Heartbeats().dead(
+        Lease("worker:a", "a", 0, facts)
+    ):  # a zombie until it is waited for
         assert time.monotonic() < deadline
     child.join()
-    assert not Watch().dead(Lease("worker:a", "a", 0, facts | {"place": "elsewhere"}))
+    assert not Heartbeats().dead(Lease("worker:a", "a", 0, facts | {"place": "elsewhere"}))
 
 
 def test_one_of_two_gets_a_lease_and_a_dead_ones_is_taken_over(tmp_path: Path) -> None:
     engine = connect(f"sqlite:///{tmp_path}/x.db").engine
     now = [0.0]
-    with Leases(engine, "s", Watch(lambda: now[0])) as a, Leases(engine, "s") as b:
+    with Leases(engine, "s", Heartbeats(lambda: now[0])) as a, Leases(engine, "s") as b:
         other = Leases(engine, "t")
         with other:
             assert a.acquire("turn") and a.acquire("turn")

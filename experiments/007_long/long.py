@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution, distribution_to_json
-from optuna.samplers import RandomSampler
 from sqlalchemy import insert
 
 from nasattn.architecture import Architecture
@@ -72,7 +71,7 @@ def opened(settings: Experiment) -> tuple[Any, SearchSpace, Pricing, dict[str, f
     space = SearchSpace.of(settings.space)
     pricing = Pricing.of(settings, space)
     limits = {str(m): x.resolve(pricing.plain[m]) for m, x in settings.budget.items()}
-    study = open_study(settings, space_facts(pricing, limits), RandomSampler())
+    study = open_study(settings, space_facts(pricing, limits))
     return study, space, pricing, limits
 
 

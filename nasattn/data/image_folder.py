@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nasattn.config import ImageFolder
 from nasattn.data import Batch, Data, Shape, stratify
-from nasattn.errors import DataFailed, Stopped, UserError, suggest
+from nasattn.errors import DataFailed, Stopped, UserError, first_few, suggest
 
 Files = list[tuple[Path, int]]
 Stamp = tuple[int, int]  # a file's size in bytes, and when it was changed last (ns)
@@ -293,7 +293,7 @@ def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
     where = folders.get("train") or folders["all"]
     names = [path.name for path in _inside(where) if path.is_dir()]
     if len(names) != classes:
-        shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+        shown = first_few(names, NAMED)
         raise UserError(
             f"data.root: class folders in {where}: {len(names)} ({shown or 'none'}), but the space "
             f"says classes: {classes}; write classes: {len(names)} in the space, or check the root"
@@ -436,7 +436,7 @@ def _check_cover(splits: Mapping[str, Files], names: Sequence[str], root: Path) 
     for part, files in splits.items():
         held = {label for _, label in files}
         absent = [name for label, name in enumerate(names) if label not in held]
-        shown = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
+        shown = first_few(absent, NAMED)
         if absent and part == "train":
             raise UserError(
                 f"data.root: {root} leaves no image to train on for the class {shown}; add images "

@@ -245,32 +245,29 @@ class Evaluator:
     def _file(self) -> Path:
         return self.folder / "backbone.safetensors"
 
-    def _facts(self, *told: str) -> dict[str, str]:
-        """What the stored weights must have come from to be used. told: as for _data."""
+    def _facts(self) -> dict[str, str]:
+        """What the stored weights must have come from to be used."""
         what = {
-            "data": self._data(*told),
+            "data": self._data(),
             "pretrain": self.experiment.as_dict()["pretrain"],
             "architecture": self.plain.key,
             "seed": self.seed(self.plain, "scratch"),
         }
         return {"from": json.dumps(what, sort_keys=True)}
 
-    def _data(self, *told: str) -> dict[str, Any]:
-        """What images there are; wherever they lie and whoever reads them, they are the same. told:
-        other keys than those that say so."""
-        data = self.experiment.as_dict()["data"]
-        kept = {k: v for k, v in data.items() if k not in ("loaders", "root") or k in told}
-        facts = self.data.facts
-        return kept | {key: facts[key] for key in told or ("digest", "read") if key in facts}
+    def _data(self) -> dict[str, Any]:
+        """What images there are; wherever they lie and whoever reads them, they are the same."""
+        data, facts = self.experiment.as_dict()["data"], self.data.facts
+        kept = {k: v for k, v in data.items() if k not in ("loaders", "root")}
+        return kept | {key: facts[key] for key in ("digest", "read") if key in facts}
 
     def _stored(self) -> Weights | None:
         self.files.fetch(self._file)
         try:
             with safe_open(self._file, "pt") as file:
                 facts = file.metadata() or {}
-            # Earlier versions told images by where they lie and their names alone.
-            ours = [self._facts()["from"], self._facts("root", "digest")["from"]]
-            return load_file(self._file) if facts.get("from") in ours else None
+            ours = facts.get("from") == self._facts()["from"]
+            return load_file(self._file) if ours else None
         except (OSError, SafetensorError):
             return None
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from urllib.parse import quote
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.study import StudyDirection
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
@@ -171,32 +169,20 @@ def _try_idle(engine: Engine) -> None:
     event.listen(engine, "checkout", taken)
 
 
-def find_or_create(
-    database: RDBStorage,
-    name: str,
-    directions: Sequence[StudyDirection],
-    sampler: optuna.samplers.BaseSampler,
-) -> optuna.Study:
-    """Optuna's study of that name; created where it is not there, by one of several processes."""
-    try:
-        return optuna.load_study(study_name=name, storage=database, sampler=sampler)
-    except KeyError:
-        return optuna.create_study(
-            study_name=name,
-            storage=database,
-            directions=directions,
-            sampler=sampler,
-            load_if_exists=True,
-        )
-
-
 def checked_url(storage: str) -> str:
     """The URL as SQLAlchemy wants it; a UserError when it is none."""
     try:
         url = storage_url(storage)
-        make_url(url)
-    except (ValueError, ArgumentError) as error:
+    except ValueError as error:
         raise UserError(f"storage: {error}") from None
+    try:
+        make_url(url)
+    except ArgumentError as error:
+        raise UserError(f"storage: {error}") from None
+    except ValueError:  # of int()
+        raise UserError(
+            "storage: the URL's port is no whole number; allowed: postgresql://user@host:5432/name"
+        ) from None
     return url
 
 

@@ -176,9 +176,8 @@ class Display:
             outcome = f"failed: {trial.reason}"
         if trial.score:
             outcome = f"accuracy {accuracy(trial):.4f}"
-        metrics = self.study.config.costs if self.study else ["macs"]
-        values = {m: trial.cost.values[m] for m in metrics}
-        costs = "  ".join(f"{m} {amount(v)}" for m, v in values.items())
+        assert self.study is not None
+        costs = "  ".join(f"{m} {amount(trial.cost.values[m])}" for m in self.study.config.costs)
         self.note(
             f"trial {trial.number:>3}  {finished(self.trials)}/{self.total}  {outcome}  "
             f"{costs}  {self._in_words(trial)}"
@@ -191,7 +190,7 @@ class Display:
         assert self.study is not None
         self.final = final
         blocks = in_words(self.study.config.space, evaluation.architecture)
-        self.note(f"{final_text.told(evaluation, blocks)}  [{left}]")
+        self.note(f"{final_text.line(evaluation, blocks)}  [{left}]")
 
     def show(self, workers: Sequence[Worker], trials: list[Trial], refused: int) -> None:
         """How far the study is, and what all of its workers do."""

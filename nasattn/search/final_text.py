@@ -9,7 +9,7 @@ from nasattn.search.final import Evaluation
 ROLES = {"baseline": "plain", "control": "SE", "former": "left the frontier"}
 
 
-def told(evaluation: Evaluation, blocks: str) -> str:
+def line(evaluation: Evaluation, blocks: str) -> str:
     """One evaluation that is done, on a line."""
     figures = {"test": evaluation.test, "val": evaluation.val}
     shown = [f"{split} {value:.4f}" for split, value in figures.items() if value is not None]

@@ -14,6 +14,7 @@ from nasattn.record import Trial
 from nasattn.search.artifacts import UPLOADS, open_store, share
 from nasattn.search.final import FINAL
 from nasattn.search.lease import Leases
+from nasattn.search.slots import named_by_number
 from nasattn.search.study import Study
 
 GB = 1e9
@@ -86,6 +87,7 @@ def _chosen(study: Study, limit: float | None, busy: bool) -> Collection:
         *_numbered(folder / "checkpoints", "*"),
         *sorted(folder.glob("backbone.*")),
         *sorted((folder / FINAL).glob("seed*")),
+        *sorted([*folder.glob(".*.draft"), *(folder / "weights").glob(".*.draft")]),
     ]
     shared = study.files.elsewhere()
     sizes = {path: (_size(path), shared.get(path, 0)) for path in dict.fromkeys([*paths, *shared])}
@@ -108,20 +110,20 @@ def _judged(
     front = {t.number for t in study.frontier(list(trials.values()))}
     final = study.final(list(trials.values()))
     for path, (here, shared) in sizes.items():
-        value = None
-        if path.parent.name == "weights":
+        value, place = None, path.parent.relative_to(study.folder).as_posix()
+        if place == UPLOADS or path.suffix == ".draft":
+            kept = busy
+            why = "a worker may be at it" if busy else "a file that was broken off"
+        elif place == "weights":
             kept, why = _weights(trials.get(int(path.stem)), front)
-        elif path.parent.name == "checkpoints":
+        elif place == "checkpoints":
             trial = trials.get(int(path.name))
             kept, why = _checkpoints(trial)
             if trial and trial.state == "stopped":
                 value = trial.partial.accuracy if trial.partial else 0.0
-        elif path.parent.name == FINAL:
+        elif place == FINAL:
             kept = final is not None and final["done"] < final["evaluations"]
             why = "the final goes on from it" if kept else "the final is done"
-        elif path.parent.name == UPLOADS:
-            kept = busy
-            why = "a worker may be at it" if busy else "an upload that was broken off"
         else:
             kept = path.suffix == ".safetensors" or study.folder / BACKBONE_FILE not in sizes
             why = "the plain backbone" if kept else "the plain backbone is trained"
@@ -151,7 +153,7 @@ def _checkpoints(trial: Trial | None) -> tuple[bool, str]:
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
     """What is named by a trial's number; nothing else there is nasattn's to judge."""
-    found = [path for path in folder.glob(pattern) if path.stem.isdecimal()]
+    found = [path for path in folder.glob(pattern) if named_by_number(path)]
     return sorted(found, key=lambda path: int(path.stem))
 
 

@@ -18,14 +18,13 @@ from optuna.distributions import (
 from optuna.storages._rdb import models
 from sqlalchemy import Connection, Engine, and_, case, exists, insert, literal, select, update
 
-from nasattn.errors import UserError
-from nasattn.search.lease import BEAT, Watch, workers
+from nasattn.errors import UserError, first_few
+from nasattn.search.lease import BEAT, Heartbeats, workers
 
 Facts = Mapping[str, Any]  # as a study stores them: `experiment`, `choices`, and more
 
 # The keys of an experiment that may be edited within a study, if nothing is taken away by it.
 GROWING = ("space.sites: ", "space.blocks", "space.max_blocks: ")
-NAMED = 6  # of many, that a message names
 
 
 def losses(old: Facts, new: Facts) -> list[str]:
@@ -42,12 +41,6 @@ def losses(old: Facts, new: Facts) -> list[str]:
     return lost
 
 
-def told(names: Sequence[str]) -> str:
-    """The first of many."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
 def gains(old: Facts, new: Facts) -> str:
     """What is new, for people; empty for nothing."""
     sites = [site for site in new["choices"] if site not in old["choices"]]
@@ -60,14 +53,14 @@ def gains(old: Facts, new: Facts) -> str:
     parts = [f"the site {site}" for site in sites] + list(specs)
     if _most(new) > _most(old):
         parts.append(f"up to {_most(new)} blocks")
-    return told(parts)
+    return first_few(parts)
 
 
 def at_work(engine: Engine, study: str) -> list[Mapping[str, Any]]:
     """What the workers say of themselves whose beats are seen to go on; a row that a dead machine
     has left behind is looked at until that is certain."""
-    watch, first = Watch(), dict[str, int]()
-    while found := workers(engine, study, watch):
+    beats, first = Heartbeats(), dict[str, int]()
+    while found := workers(engine, study, beats):
         first = first or {w.owner: w.beat for w in found}
         if moved := [w.facts for w in found if w.beat != first.get(w.owner)]:
             return moved

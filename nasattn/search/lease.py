@@ -99,7 +99,7 @@ def trial_lease(number: int) -> str:
     return f"{TRIAL}{number}"
 
 
-class Watch:
+class Heartbeats:
     """Tells dead workers from live ones by what one observer has seen of their beats."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -134,8 +134,8 @@ class Leases:
     leases that are not needed any more; they are given back with the next turn.
     """
 
-    def __init__(self, engine: Engine, study: str, watch: Watch | None = None) -> None:
-        self.engine, self.study, self.watch = engine, study, watch or Watch()
+    def __init__(self, engine: Engine, study: str, beats: Heartbeats | None = None) -> None:
+        self.engine, self.study, self.beats = engine, study, beats or Heartbeats()
         self.me, self._here = uuid.uuid4().hex, {"here": study}
         self.doing: dict[str, Any] = {}
         self.ended: set[str] = set()
@@ -171,7 +171,7 @@ class Leases:
             leases = self._read(connection)
         # Only a look that a beat of one's own came with counts: who cannot write would else take
         # all for dead that cannot write either.
-        self.watch.look(leases)
+        self.beats.look(leases)
 
     def table(self) -> dict[str, Lease]:
         """All leases of the study, by name."""
@@ -179,7 +179,7 @@ class Leases:
             return {lease.name: lease for lease in self._read(connection)}
 
     def dead(self, owner: str, table: Mapping[str, Lease]) -> bool:
-        return owner != self.me and self.watch.dead(table.get(WORKER + owner))
+        return owner != self.me and self.beats.dead(table.get(WORKER + owner))
 
     def holds(self, name: str) -> bool:
         """Whether a lease is still this worker's: who stood still for long may have lost it."""
@@ -267,14 +267,14 @@ def create_table(engine: Engine, table: Table = TABLE) -> None:
             raise
 
 
-def workers(engine: Engine, study: str, watch: Watch | None = None) -> list[Lease]:
-    """The live workers of a study, as far as one look can tell, or the looks of a watch."""
+def workers(engine: Engine, study: str, beats: Heartbeats | None = None) -> list[Lease]:
+    """The live workers of a study, as far as one look tells, or what was seen of them before."""
     if not inspect(engine).has_table(TABLE.name):
         return []
-    watch, reader = watch or Watch(), Leases(engine, study)
+    beats, reader = beats or Heartbeats(), Leases(engine, study)
     found = [lease for lease in reader.table().values() if lease.name.startswith(WORKER)]
-    watch.look(found)
-    return [lease for lease in found if not watch.dead(lease)]
+    beats.look(found)
+    return [lease for lease in found if not beats.dead(lease)]
 
 
 def identity() -> dict[str, Any]:

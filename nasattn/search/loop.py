@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
-from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
+from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError, first_few
 from nasattn.evaluate import on_cuda
 from nasattn.evaluate.candidate import Evaluator, Weights, check_single, store
 from nasattn.files import check_writable
@@ -22,13 +22,19 @@ from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration
-from nasattn.search.growth import told
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.opening import FREE, open_study, same_images
 from nasattn.search.outage import Machine, full, gone, patiently
 from nasattn.search.retrain import Retraining
 from nasattn.search.samplers import Gate
-from nasattn.search.slots import Job, Slots, Turn, take_training, weights_file
+from nasattn.search.slots import (
+    Job,
+    Slots,
+    Turn,
+    named_by_number,
+    take_training,
+    weights_file,
+)
 from nasattn.search.stopping import ParetoHalving
 from nasattn.search.study import FACTS, TOKEN, Study, accuracy, finished
 from nasattn.skeleton import in_words
@@ -75,7 +81,7 @@ class Search:
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts, found)
         facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}
-        self.study = open_study(experiment, facts, self.gate, found)
+        self.study = open_study(experiment, facts, found)
         check_writable(self.study.folder)
         share(self.study, store, self.display.note)
         self.evaluator = Evaluator(
@@ -92,8 +98,9 @@ class Search:
         self._published: list[Trial] = []
         self._machine = Machine()
 
-    def run(self, total: int) -> Study:
-        """Go on until the study has `total` finished trials or the space is exhausted.
+    def run(self, total: int | None) -> Study:
+        """Go on until the study has `total` finished trials (None: as many as it was asked for) or
+        the space is exhausted.
 
         Raises Stopped when the database or the disk fails, TrialFailed when the baseline does.
         """
@@ -120,16 +127,19 @@ class Search:
         note(f"to be tried again: {counted(trials, 'trial')}{more} that failed")
 
     def _run(self, total: int) -> None:
-        if finished(self.study.trials) < total or self.study.promotable():
+        to_train = finished(self.study.trials) < total or self.study.promotable()
+        if to_train:
             self.announce(total)
-            self._have_backbone()
         self.display.begin(self.study, total)
+        if to_train:
+            self._have_backbone()
         self._work(total)
-        final = Retraining(
-            self.study, self.data, self.display, self.leases, self._machine, self._remark
-        )
-        final.run()
-        self.display.note(patiently(self.study.completed, self.display.note))
+        if self.study.config.final:
+            Retraining(
+                self.study, self.data, self.display, self.leases, self._machine, self._remark
+            ).run()
+        patiently(self.study.write_final, self.display.note)
+        self.display.note(patiently(self.study.completion, self.display.note))
 
     def _tell_trouble(self, text: str) -> None:
         patiently(partial(self.study.trouble, text), self.display.note)
@@ -137,20 +147,22 @@ class Search:
     def _leases(self) -> Leases:
         return Leases(self.study.engine, self.study.name)
 
-    def plan(self, total: int) -> int:
+    def plan(self, total: int | None) -> int:
         """How many trials the study can have, of so many; stored with `final`, `artifacts` and the
-        loaders, so that a bare `resume` goes on to it."""
-        count = self.candidates.count()
-        total = max(total if count is None else min(total, count), finished(self.study.trials))
+        loaders, so that a bare `resume` (None) goes on to it, and stores nothing."""
         self.study.refresh()  # another may have changed them since they were read
+        count, asked = self.candidates.count(), total or self.study.config.search.trials
+        number = max(asked if count is None else min(asked, count), finished(self.study.trials))
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
             raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
         other = not same_images(facts.get("images") or {}, self.data.facts)
         if other or self.study.edits(self.experiment, FREE):
             raise UserError(f"the study '{self.study.name}' was edited just now: run this again")
+        if total is None:
+            return number
         experiment = dict(facts["experiment"])
-        experiment["search"] = {**experiment["search"], "trials": total}
+        experiment["search"] = {**experiment["search"], "trials": number}
         given = self.experiment.as_dict()
         experiment |= {key: given[key] for key in ("artifacts", "final")}
         if "loaders" in given["data"]:
@@ -160,7 +172,7 @@ class Search:
         if experiment != facts["experiment"]:
             self.study.optuna.set_user_attr(FACTS, facts | {"experiment": experiment})
             self.study.refresh()
-        return total
+        return number
 
     def announce(self, total: int, workers: int = 1) -> None:
         """Say what is searched, and about how long it will take."""
@@ -172,7 +184,7 @@ class Search:
             sizes = (
                 f"{len(getattr(self.data, part)):,} {part}" for part in ("train", "val", "test")
             )
-            note(f"images: {', '.join(sizes)}; classes: {told(names)}")
+            note(f"images: {', '.join(sizes)}; classes: {first_few(names)}")
         if space.dropped:
             lines = {f"{spec} @ {site}: {why}" for site, spec, why in space.dropped}
             note(f"{len(lines)} placements cannot stand and are left out:")
@@ -361,6 +373,7 @@ class Search:
         """A scored trial's weights, from the same seed; kept again where it does as well."""
         self.display.note(f"the weights of trial {trial.number} are gone: it is trained again")
         with self._leases() as self.leases, self.display:
+            self.display.begin(self.study, self.study.asked)
             self._have_backbone()
             self._start(trial)
             again, weights = self.evaluator(trial.architecture, self._tick)
@@ -391,7 +404,7 @@ class Search:
         over = {weights: ended - kept, checkpoints: ended}
         files, shared = self.study.files, self.study.files.elsewhere()
         for path in {*weights.glob("*.safetensors"), *checkpoints.glob("*"), *shared}:
-            if path.parent not in over or not path.stem.isdecimal():
+            if path.parent not in over or not named_by_number(path):
                 continue
             if int(path.stem) in over[path.parent]:
                 files.drop(path)

@@ -12,10 +12,10 @@ from optuna.study import StudyDirection
 
 from nasattn import __version__
 from nasattn.config import Experiment
-from nasattn.errors import UserError, suggest
+from nasattn.errors import UserError, first_few, suggest
 from nasattn.files import make_folder, replace_file
-from nasattn.search.database import checked_url, connect, find_or_create, shown, sqlite_path
-from nasattn.search.growth import GROWING, at_work, gains, grow, losses, told
+from nasattn.search.database import checked_url, connect, shown, sqlite_path
+from nasattn.search.growth import GROWING, at_work, gains, grow, losses
 from nasattn.search.study import FACTS, RUN, Study
 
 ANOTHER = "give the experiment another `study:` name, or use --new-study"
@@ -60,7 +60,6 @@ def find_study(storage: str, name: str) -> Study | None:
 def open_study(
     experiment: Experiment,
     facts: Mapping[str, Any],
-    sampler: optuna.samplers.BaseSampler,
     found: Study | None = None,
 ) -> Study:
     """The experiment's study, made now or found in its database; found: what `find_study` gave.
@@ -69,25 +68,26 @@ def open_study(
     """
     _claim_folder(sqlite_path(checked_url(experiment.storage)), experiment.study)
     if found is None or found.optuna.user_attrs.get(FACTS) != found.facts:
-        found = _opened(experiment, facts, sampler)
-    opened = found
-    opened.optuna.sampler = sampler
-    if grown := _grow(opened, experiment, facts):
+        found = _opened(experiment, facts)
+    if grown := _grow(found, experiment, facts):
         # Loaded anew, without Optuna's cache of the trials and the choices that it has read.
-        study = optuna.load_study(study_name=opened.name, storage=opened.database, sampler=sampler)
-        opened = Study(study, opened.storage)
-        opened.notes.append(grown)
-    return opened
+        study = optuna.load_study(study_name=found.name, storage=found.database)
+        found = Study(study, found.storage)
+        found.notes.append(grown)
+    return found
 
 
-def _opened(
-    experiment: Experiment, facts: Mapping[str, Any], sampler: optuna.samplers.BaseSampler
-) -> Study:
+def _opened(experiment: Experiment, facts: Mapping[str, Any]) -> Study:
     storage = checked_url(experiment.storage)
     up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
     directions = [up if o == "accuracy" else down for o in experiment.objectives]
     database = connect(storage)
-    study = find_or_create(database, experiment.study, directions, sampler)
+    study = optuna.create_study(
+        study_name=experiment.study,
+        storage=database,
+        directions=directions,
+        load_if_exists=True,
+    )
     # Another process may have created it a moment ago, or died before its facts were stored.
     adopted = study.directions == directions and not study.get_trials(deepcopy=False)
     if FACTS not in study.user_attrs and adopted:
@@ -146,7 +146,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         raise UserError(
             f"the experiment was edited since the study '{study.name}' began:\n"
             + "".join(f"  {line}\n" for line in edits)
-            + (f"The study's space had what is gone: {told(lost)}.\n" if lost else "")
+            + (f"The study's space had what is gone: {first_few(lost)}.\n" if lost else "")
             + f"Undo the edits to go on with it, or start another study: {ANOTHER}."
         )
     if changed:

@@ -131,8 +131,8 @@ class RayProcess:
         try:
             found = self.ray.get(waited)
         except ActorUnavailableError:  # the network, for a moment
-            if self._begun:
-                return None
+            if self._begun:  # whether the command was started, nobody can tell any more
+                return self._end(-signal.SIGKILL)
             found = (None, b"")
         except RayActorError:
             return self._end(-signal.SIGKILL)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nasattn.architecture import Architecture
 from nasattn.config import Experiment
 from nasattn.cost import measure
 from nasattn.data import Data
@@ -41,24 +42,24 @@ class Retraining:
         self.study, self.data, self.display, self.leases = study, data, display, leases
         self._machine = machine
         self.experiment: Experiment = study.config
-        trials = study.trials
+        trials = patiently(lambda: study.trials, display.note)
+        self.scores = [t.score for t in trials if t.score]
         self.planned = contenders(trials, study.frontier(trials))
-        seeds = self.experiment.final.seeds if self.experiment.final else 0
+        assert self.experiment.final is not None
+        self.final = self.experiment.final
 
         def remarks(seed: int) -> Callable[[str], None]:
             return lambda text: remark(f"final, seed {seed}: {text}")
 
-        self.evaluators = [evaluator_of(study, data, s, remarks(s)) for s in range(seeds)]
+        self.evaluators = [
+            evaluator_of(study, data, trials[0].architecture, s, remarks(s))
+            for s in range(self.final.seeds)
+        ]
 
     def run(self) -> None:
         """Evaluate until nothing is left, here or at another worker."""
-        if self.experiment.final is not None and self._left():
-            self._retrain()
-        patiently(self.study.write_final, self.display.note)
-
-    def _retrain(self) -> None:
-        if self.display.study is None:
-            self.display.begin(self.study, len(self.study.trials))
+        if not self._left():
+            return
         self.display.final = self._progress()
         self._announce()
         load_training(self.experiment.trainer)
@@ -72,8 +73,7 @@ class Retraining:
             time.sleep(WAIT * waits)
 
     def _left(self) -> list[Job]:
-        final, stored = self.experiment.final, self._stored()
-        assert final is not None
+        final, stored = self.final, self._stored()
         return [
             (contender, seed)
             for seed in range(final.seeds)
@@ -83,8 +83,7 @@ class Retraining:
         ]
 
     def _progress(self) -> dict[str, int]:
-        assert self.experiment.final is not None
-        return progress(self.experiment.final, self.planned, self._stored())
+        return progress(self.final, self.planned, self._stored())
 
     def _stored(self) -> dict[tuple[str, int], Evaluation]:
         attributes = patiently(lambda: self.study.optuna.user_attrs, self.display.note)
@@ -145,8 +144,8 @@ class Retraining:
             self._start(f"final, seed {seed}: {self._name(contender)}")
             cost = contender.trial.cost if contender.trial else measure(architecture)
             score, weights = evaluator(architecture, self._tick, checkpoints=files)
-            final, test = self.experiment.final, None
-            if final and final.test:
+            test = None
+            if self.final.test:
                 test = score_test(architecture, weights, evaluator.experiment, self.data)
         except Stopped:
             raise
@@ -195,25 +194,22 @@ class Retraining:
         self.display.retrained(evaluation, counts, f"{left} to go, about {duration(seconds)} left")
 
     def _announce(self) -> None:
-        final = self.experiment.final
-        assert final is not None
         seconds, backbones = self._ahead()
         count = sum("control" in c.roles for c in self.planned)
         anew = f", the backbone anew for each ({backbones} to train)" if backbones else ""
         self.display.note(
             f"final: {counted(len(self.planned) - count, 'architecture')} and "
             f"{counted(count, 'control')} (SE at the "
-            f"same sites), {counted(final.seeds, 'seed')} each{anew}: "
+            f"same sites), {counted(self.final.seeds, 'seed')} each{anew}: "
             f"{len(self._left())} evaluations to go, about {duration(seconds)}"
         )
 
     def _ahead(self) -> tuple[float, int]:
         """Seconds and plain backbones still to train, by what an epoch took so far."""
         stored = self._stored().values()
-        scores = [t.score for t in self.study.trials if t.score]
         schedule = in_full(self.experiment).training
         spent = [(e.seconds, schedule.epochs) for e in stored if not e.reason]
-        spent = spent or [(s.seconds, s.epochs) for s in scores]
+        spent = spent or [(s.seconds, s.epochs) for s in self.scores]
         epoch = sum(s for s, _ in spent) / max(1, sum(n for _, n in spent))
         left = self._left()
         backbones = 0
@@ -232,12 +228,13 @@ def in_full(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update=update)
 
 
-def evaluator_of(study: Study, data: Data, seed: int, note: Callable[[str], None]) -> Evaluator:
+def evaluator_of(
+    study: Study, data: Data, plain: Architecture, seed: int, note: Callable[[str], None]
+) -> Evaluator:
     """That of one seed of the `final`: with a plain backbone of its own, and its own seeds."""
     experiment = in_full(study.config)
     search = experiment.search
     own = search.model_copy(update={"seed": derive(search.seed, FINAL, seed)})
-    plain = next(t.architecture for t in study.trials if t.baseline)
     folder = study.folder / FINAL / f"seed{seed}"
     experiment = experiment.model_copy(update={"search": own})
     return Evaluator(experiment, data, plain, folder, note, study.files)

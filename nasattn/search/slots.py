@@ -346,5 +346,10 @@ def _one_more(
     return why
 
 
+def named_by_number(path: Path) -> bool:
+    """Whether a file or folder is a trial's: `3.safetensors`, `3`. Not `3.bak`, a person's."""
+    return path.name.removesuffix(".safetensors").isdecimal()
+
+
 def weights_file(study: Study, number: int) -> Path:
     return study.folder / "weights" / f"{number}.safetensors"

@@ -25,7 +25,7 @@ from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.database import shown, sqlite_path
 from nasattn.search.final import Evaluation, contenders, evaluations, progress, summarise
-from nasattn.search.lease import Watch, workers
+from nasattn.search.lease import Heartbeats, workers
 from nasattn.search.rows import Database
 from nasattn.search.stopping import ParetoHalving
 
@@ -92,7 +92,7 @@ class Study:
         latest = {
             row.user_attrs[FACTS]["slot"]: row
             for row in self.optuna.get_trials(deepcopy=False)
-            if FACTS in row.user_attrs and "void" not in row.user_attrs  # of earlier versions
+            if FACTS in row.user_attrs
         }
         return [latest[slot] for slot in sorted(latest)]
 
@@ -184,11 +184,9 @@ class Study:
 
     def select(self, choice: str) -> Trial:
         """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
-        front = self.frontier()
-        if not front:
-            raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
+        knee, front = self.knee(), self.frontier()
         if choice == "knee":
-            return self.knee()
+            return knee
         if choice == "best":
             return front[-1]
         if match := re.fullmatch(r"trial=(\d+)", choice):
@@ -263,7 +261,7 @@ class Study:
         stored = evaluations(self.optuna.user_attrs) if stored is None else stored
         return progress(self.config.final, planned, stored)
 
-    def completed(self) -> str:
+    def completion(self) -> str:
         """That it is over, in words."""
         trials = self.trials
         count = sum(t.state == "failed" for t in trials)
@@ -296,9 +294,9 @@ class Study:
             ],
         }
 
-    def workers(self, watch: Watch | None = None) -> list[dict[str, Any]]:
+    def workers(self, beats: Heartbeats | None = None) -> list[dict[str, Any]]:
         """What each live worker says of itself: host, pid, task, slot, share, accuracy, refused."""
-        found = workers(self.engine, self.name, watch)
+        found = workers(self.engine, self.name, beats)
         return [{k: v for k, v in w.facts.items() if k not in ("place", "started")} for w in found]
 
     def remark(self, text: str, row: int | None = None) -> None:

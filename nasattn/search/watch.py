@@ -8,7 +8,7 @@ from nasattn.record import FINISHED, Trial, counted
 from nasattn.search.display import Display, Worker
 from nasattn.search.final import evaluations
 from nasattn.search.final_text import count
-from nasattn.search.lease import Watch
+from nasattn.search.lease import Heartbeats
 from nasattn.search.outage import patiently
 from nasattn.search.study import Study, finished
 
@@ -19,7 +19,7 @@ class Follower:
 
     def __init__(self, study: Study, display: Display) -> None:
         self.study, self.display = study, display
-        self._watch = Watch()
+        self._beats = Heartbeats()
         self._states: dict[int, str] = {}
         self._workers: set[str] | None = None
         self._remarks: set[str] = set()
@@ -30,7 +30,7 @@ class Follower:
         """Show what there is now, and say what has come since the last look, if this is not the
         first. False when nothing is left to wait for: the study is complete and nobody works."""
         # The workers first: a trial that one of them ends meanwhile is then seen to end.
-        facts = self.study.workers(self._watch)
+        facts = self.study.workers(self._beats)
         trials, display = self.study.trials, self.display
         remarks = self.study.remarks()
         workers, refused = described(facts), sum(f.get("refused", 0) for f in facts)
@@ -46,19 +46,19 @@ class Follower:
             for trial in trials:
                 if trial.state in FINISHED and self._states.get(trial.number) != trial.state:
                     display.end(trial, trials, refused)
-        left = self._tell_final(trials)
+        self._tell_final(trials)
         self._workers = {w.where for w in workers}
         self._remarks = set(remarks)
         self._states = {t.number: t.state for t in trials}
         display.show(workers, trials, refused)
-        return bool(workers) or finished(trials) < total or left > 0
+        return bool(workers) or not self.study.over(total, trials)
 
-    def _tell_final(self, trials: Sequence[Trial]) -> int:
-        """Say what of the `final` was evaluated since the last look; how much is to come."""
+    def _tell_final(self, trials: Sequence[Trial]) -> None:
+        """Say what of the `final` was evaluated since the last look."""
         display, final = self.display, self.study.config.final
         display.final = None
         if final is None or finished(trials) < display.total:
-            return 0
+            return
         stored = evaluations(self.study.optuna.user_attrs)
         counts = self.study.final_progress(trials, stored)
         assert counts is not None
@@ -71,7 +71,6 @@ class Follower:
         for n, (seed, key) in enumerate(sorted((seed, key) for key, seed in new)):
             display.retrained(stored[key, seed], counts, f"{left + len(new) - 1 - n} to go")
         self._evaluated = done
-        return left
 
     def _tell_workers(self, workers: Sequence[Worker]) -> None:
         before, now = self._workers or set(), {w.where for w in workers}

@@ -80,7 +80,9 @@ class Crew:
                 process.terminate()
         deadline = time.monotonic() + FAREWELL
         try:
-            while time.monotonic() < deadline and self._any():
+            while time.monotonic() < deadline and any(
+                process.poll() is None for process in self.processes.values()
+            ):
                 time.sleep(0.05)
         finally:
             for process in self.processes.values():
@@ -93,9 +95,6 @@ class Crew:
         except Stopped as error:
             return f"; none takes its place: {error}"
         return "; another takes its place"
-
-    def _any(self) -> bool:
-        return any(process.poll() is None for process in self.processes.values())
 
     def _start(self, index: int) -> Process:
         return self.launcher.start(
@@ -148,25 +147,25 @@ def ended(study: Study) -> int:
 
 def search_with(
     experiment: Experiment,
-    total: int,
+    trials: int | None,
     count: int,
     display: Display,
     launcher: Launcher,
     found: Study | None = None,
     retry: bool = False,
 ) -> Study:
-    """Go on until the study has `total` finished trials, by `count` workers. found: see Search;
-    retry: what has failed, too.
+    """`Search.run` of so many trials, by `count` workers. found: see Search; retry: what has
+    failed is trained again.
 
     Raises Stopped with the last worker's words when all have ended before.
     """
     search = Search(experiment, display, found)
     study = search.study
-    total = search.plan(total)
+    total = search.plan(trials)
     if retry:
         search.retry()
     if study.over(total):
-        return search.run(total)
+        return search.run(trials)
     if finished(study.trials) < total or study.promotable():
         search.announce(total, count)
     elif counts := study.final_progress(study.trials):
@@ -180,7 +179,7 @@ def search_with(
             while True:
                 working = crew.tend(progress)
                 try:
-                    idle = not follower.look() and study.over(total)
+                    idle = not follower.look()
                     progress = ended(study) + len(evaluations(study.optuna.user_attrs))
                     rest = rest - LOOK if idle else REST
                     away = False
@@ -195,9 +194,12 @@ def search_with(
                 time.sleep(LOOK)
     finally:
         crew.dismiss()
-    if away or (crew.last_words and not study.over(total)):
+    if away:
         raise Stopped(crew.last_words or "the database does not answer")
-    if study.over(total):
+    over = patiently(lambda: study.over(total), display.note)
+    if crew.last_words and not over:
+        raise Stopped(crew.last_words)
+    if over:
         patiently(study.write_final, display.note)
-        display.note(patiently(study.completed, display.note))
+        display.note(patiently(study.completion, display.note))
     return study

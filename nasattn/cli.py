@@ -254,7 +254,9 @@ def gc(
 def train(
     architecture: Annotated[Path, typer.Argument(metavar="ARCHITECTURE.yaml")],
     experiment: Annotated[Path, typer.Option(help="Data and schedule.", metavar="E.yaml")],
-    out: Annotated[Path, typer.Option(help="Where the weights go.")] = Path("weights.safetensors"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where the weights go; default: weights.safetensors.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: as in `pretrain`.")] = None,
     test: Annotated[bool, typer.Option(help="Also score on the test split, once.")] = False,
 ) -> None:
@@ -263,6 +265,7 @@ def train(
 
     from nasattn.architecture import Architecture
     from nasattn.evaluate.candidate import train_architecture
+    from nasattn.export import unexported
     from nasattn.search.display import progress
 
     console = Console(stderr=True)
@@ -270,7 +273,7 @@ def train(
         figures = train_architecture(
             Architecture.load(architecture),
             _experiment(experiment),
-            out,
+            out or unexported(Path("weights.safetensors")),
             epochs=epochs,
             on_test=test,
             tick=tick,
@@ -376,12 +379,14 @@ def _search(
 
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
     if found:
+        from nasattn.search.opening import claim_folder
         from nasattn.search.study import finished
 
         with _loading():
             complete, done = found.complete(experiment, total), finished(found.trials)
         bare = launcher == "local" and not options  # others are checked all the same
         if complete and bare and not retry:
+            claim_folder(found.storage, found.name)
             found.write_frontier()
             found.write_final()
             print(found.completion())

@@ -89,6 +89,11 @@ class Limit(Strict):
         return self.value * plain if self.relative else self.value
 
 
+def mistaken(limit: float, plain: float) -> str:
+    """`; did you mean 1.1x?` where a limit in base units looks like a relative one."""
+    return f"; did you mean {limit:g}x?" if limit <= 100 < plain else ""
+
+
 Budget = Annotated[
     Limit,
     BeforeValidator(lambda v: v if isinstance(v, Limit) else Limit.parse(v)),
@@ -254,7 +259,9 @@ class Experiment(Strict):
     latency: the target device's table, which `nasattn profile` measured, for the metric latency_s.
     """
 
-    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    study: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, examples=["mine_2"])
+    ]
     storage: Annotated[str, Field(validate_default=True)] = "sqlite:///runs/nasattn.db"
     artifacts: str | None = None
     space: SpaceFile
@@ -265,7 +272,7 @@ class Experiment(Strict):
         "accuracy",
         "macs",
     )
-    budget: dict[Metric, Budget] = Field(default_factory=dict)
+    budget: dict[Metric, Budget] = Field(default_factory=dict, examples=["{macs: 1.1x}"])
     latency: dict[str, Any] | None = None
     search: Search = Search()
     final: Final | None = None

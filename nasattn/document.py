@@ -283,7 +283,9 @@ def _messages(model: type[BaseModel], error: ValidationError, source: Source) ->
                 rule = detail["msg"].replace("Input should be", "should be")
                 for ours, theirs in (("mapping", "dictionary( or .*)?"), ("list", "tuple")):
                     rule = re.sub(theirs, ours, rule, flags=re.IGNORECASE)
-                yield f"{where}: got {seen}; {rule[:1].lower()}{rule[1:]}"
+                field = owner.model_fields.get(str(location[-1])) if owner and location else None
+                such = f", such as {field.examples[0]}" if field and field.examples else ""
+                yield f"{where}: got {seen}; {rule[:1].lower()}{rule[1:]}{such}"
 
 
 def _show(value: object) -> str:

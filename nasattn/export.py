@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from nasattn.files import make_folder
 from nasattn.model import build
 from nasattn.record import Trial, amount, counted
 from nasattn.search.final_text import interval, judged_on
-from nasattn.search.study import Study, accuracy
+from nasattn.search.study import Study
 from nasattn.skeleton import changes
 
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
@@ -65,7 +66,9 @@ def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out:
     except RuntimeError as error:
         raise UserError(f"these are not the weights of trial {trial.number}: {error}") from None
     network.eval()
-    facts = {"key": trial.architecture.key, "accuracy": f"{accuracy(trial):.6f}"}
+    assert trial.score is not None
+    own = trial.score.accuracies[0]  # the weights are the first seed's
+    facts = {"key": trial.architecture.key, "accuracy": f"{own:.6f}"}
     with _replacing(out) as draft:
         trial.architecture.save(draft / "architecture.yaml")
         (draft / "weights.safetensors").write_bytes(save(dict(weights), metadata=facts))
@@ -75,6 +78,17 @@ def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out:
         (draft / "README.md").write_bytes(readme)
         names = ", ".join(sorted(path.name for path in draft.iterdir()))
     return f"exported trial {trial.number} to {out}: {names}\nmodel.onnx: {parity}"
+
+
+def unexported(weights: Path) -> Path:
+    """The path of new weights that nobody has named; a UserError where `export` has written it."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(weights, "pt") as file:
+        if "accuracy" in (file.metadata() or {}):
+            raise UserError(
+                f"{weights} is an export's, whose other files tell of it; --out FILE says where "
+                "the new weights go"
+            )
+    return weights
 
 
 def export_onnx(
@@ -208,6 +222,7 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         blocks="\n".join(blocks) or "- none: this is the plain backbone",
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
         evaluator=trial.score.evaluator if trial.score else "",
+        own=_own(trial),
         classes=architecture.classes,
         shape=", ".join(map(str, architecture.input)),
         prepared=_prepared(study, architecture.input),
@@ -217,6 +232,13 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         parity=parity,
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
+
+
+def _own(trial: Trial) -> str:
+    """What the weights themselves reach, where that is not the accuracy of the table."""
+    return (
+        f", of {trial.score.repeats[0].accuracy:.4f}" if trial.score and trial.score.repeats else ""
     )
 
 
@@ -306,7 +328,7 @@ A `{backbone}` for {classes} classes, found by nasattn, with these blocks placed
 
 The accuracy is that of the validation split, which also chose this network among the others, so
 it is a little flattered. Evaluator: {evaluator}; ± is one standard deviation over the seeds; the
-weights are the first seed's. `macs` are multiply-adds of one image, norms and activations not
+weights are the first seed's{own}. `macs` are multiply-adds of one image, norms and activations not
 counted.
 {latency}{final}
 ## Load it in Python

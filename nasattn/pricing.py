@@ -12,7 +12,7 @@ import torch
 
 from nasattn.architecture import NONE
 from nasattn.chain import Budget, Chain
-from nasattn.config import Experiment
+from nasattn.config import Experiment, mistaken
 from nasattn.cost.memory import MemoryTable, inference_peak
 from nasattn.cost.profile import LatencyTable
 from nasattn.cost.table import CostTable, Values, excess
@@ -54,7 +54,11 @@ class Pricing:
     def of(cls, experiment: Experiment, space: SearchSpace) -> "Pricing":
         latency = None
         if "latency_s" in experiment.metrics:
-            latency = check(LatencyTable, experiment.latency, Source("latency table"))
+            latency = check(
+                LatencyTable,
+                experiment.latency,
+                Source("the latency table (`latency:`, which `nasattn profile` makes)"),
+            )
         return cls(space, experiment.metrics, latency)
 
     def __call__(self, row: Row) -> Values:
@@ -206,7 +210,10 @@ class Candidates:
             f"the plain backbone has {self.pricing.plain[metric]:,.15g})"
             for metric, value in over.items()
         ]
-        raise UserError(f"budget: nothing fits; {what} exceeds {' and '.join(parts)}")
+        hints = [mistaken(self.limits[m], self.pricing.plain[m]) for m in over]
+        raise UserError(
+            f"budget: nothing fits; {what} exceeds {' and '.join(parts)}{''.join(hints)}"
+        )
 
     def _all(self) -> Iterator[dict[str, str]]:
         rows = self.pricing.chain.rows(self.pricing.budgets(self.limits, lenient=True))

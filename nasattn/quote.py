@@ -187,12 +187,12 @@ def _of_experiment(experiment: Experiment) -> dict[str, Any]:
         for label in labels[1:]
     ]
     fitting, least, most = candidates.fitting()
-    share = f"{fitting / space.size():.3g} of the space"
-    bounds = "exactly" if least == most else f"estimated, between {_many(least)} and {_many(most)}"
+    share = f"{fitting / space.size():.3g} of all"
+    bounds = "" if least == most else f"; estimated, between {_many(least)} and {_many(most)}"
     notes = {"space": f"{space.size():,} architectures"}
     for metric, limit in limits.items():
         notes[f"budget {metric}"] = f"{limit:,.15g} ({limit / plain[metric]:.4g}x)"
-    notes["within the budget"] = f"{_many(fitting)} architectures, {share}; {bounds}"
+    notes["within the budget"] = f"{_many(fitting)} architectures, {share}{bounds}"
     for metric in plain:
         ordered = sorted(singles, key=lambda s: s["cost"][metric])
         for word, single in (("cheapest", ordered[0]), ("dearest", ordered[-1])):

@@ -30,8 +30,13 @@ class SpaceFile(Strict):
     backbone: BackboneFields
     input: Input = (3, 224, 224)
     classes: Positive = 1000
-    sites: Annotated[tuple[str, ...], BeforeValidator(tuples), Field(min_length=1)]
-    blocks: Annotated[dict[str, dict[str, tuple[Scalar, ...]]], Field(min_length=1)]
+    sites: Annotated[
+        tuple[str, ...], BeforeValidator(tuples), Field(min_length=1, examples=['["stage*.*"]'])
+    ]
+    blocks: Annotated[
+        dict[str, dict[str, tuple[Scalar, ...]]],
+        Field(min_length=1, examples=["{se: {}, lightnl: {ratio: [0.25]}}"]),
+    ]
     max_blocks: Positive | None = None
     vary: Vary | None = None
 

@@ -124,7 +124,9 @@ def test_the_files_name_what_they_are(exported: Exported) -> None:
 
     trial = exported.trial
     assert trial.score is not None
-    facts = {"key": trial.architecture.key, "accuracy": f"{trial.score.accuracy:.6f}"}
+    own = trial.score.repeats[0].accuracy  # the weights are the first seed's
+    facts = {"key": trial.architecture.key, "accuracy": f"{own:.6f}"}
+    assert f"the first seed's, of {own:.4f}." in (exported.folder / "README.md").read_text()
     with safe_open(exported.folder / "weights.safetensors", "pt") as file:
         assert file.metadata() == facts
     model = onnx.load(exported.folder / "model.onnx")

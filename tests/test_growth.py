@@ -119,7 +119,10 @@ def test_a_grown_space_goes_on(
     old = before.optuna.get_trials()
     front = before.frontier()
     path = write(GROWN, **options)
-    grown = searching(path).study
+    display, said = Display(Console(quiet=True)), list[str]()
+    display.note = said.append  # type: ignore[method-assign]
+    grown = Search(Experiment.load(path), display).study
+    assert said == grown.notes and "the space has grown" in said[0]
     assert grown.frontier() == front
     grown_is_right(before, old, grown)
     after = by_formula(path, 30)
@@ -183,7 +186,7 @@ def test_the_search_says_what_is_new(write: Write) -> None:
         ({"space": SMALL | {"blocks": {"gcnet": {"ratio": [0.5]}, "eca": {}}}}, "se(ratio=0.25) @"),
         ({"space": SMALL | {"blocks": {"gcnet": {"ratio": [0.25]}, "se": {"ratio": 0.25}}}}, "0.5"),
         ({"space": SMALL | {"sites": ["stage[1-2].*"]}}, "the site stage3.0"),
-        ({"space": SMALL | {"max_blocks": 1}}, "architectures of 2 to 2 blocks"),
+        ({"space": SMALL | {"max_blocks": 1}}, "architectures of more than 1 block"),
         ({"space": GROWN, "budget": {"macs": "1.4x"}}, "budget.macs: '1.3x' -> '1.4x'"),
         ({"space": GROWN | {"backbone": WIDER}}, "space.backbone.width: 0.25 -> 0.5"),
         ({"space": GROWN, "training": {"epochs": 2}}, "training.epochs: 1 -> 2"),
@@ -200,7 +203,7 @@ def test_any_other_edit_is_refused(write: Write, change: dict[str, Any], said: s
         searching(path)
     message = str(refusal.value)
     assert said in message
-    assert "Undo the edits" in message and "--new-study" in message
+    assert "To go on with it write what it has" in message and "--new-study" in message
     assert dump(study) == before
 
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,10 @@ def test_a_budget_that_nothing_fits_is_refused(write: Write, budget: dict[str, A
     with pytest.raises(UserError, match=told):
         searching(path)
     assert not (path.parent / "runs").exists(), "nothing was created"
+    for limit, hint in ((1.1, "did you mean 1.1x?"), (1000, ")")):
+        with pytest.raises(UserError) as refused:
+            searching(write(budget={"macs": limit}))
+        assert str(refused.value).endswith(hint)
 
 
 def test_the_cheapest_excess_is_named_exactly(write: Write) -> None:
@@ -345,11 +350,16 @@ def test_selection(write: Write) -> None:
     for some, knee in (([plain, cheap, best], best), ([plain, best], best), ([plain], plain)):
         few = [plain, *(t for t in some if t != plain)]  # between two none stands out
         assert study.knee(few) == knee
+    same = replace(cheap, score=plain.score, cost=plain.cost)
+    assert study.knee([plain, same]) == plain, "nobody has to search for its equal"
+    assert study.knee([plain, same, best]) == best
     assert study.select("trial=3").number == 3
     plain = study.facts["plain"]["macs"]
     chosen = study.select("macs<=1.1x")
     fitting = [t for t in front if t.cost.values["macs"] <= 1.1 * plain]
     assert chosen == max(fitting, key=lambda t: t.score.accuracy if t.score else 0.0)
+    with pytest.raises(UserError, match=r"did you mean 1\.05x\?"):
+        study.select("macs<=1.05")
     for wrong in ("kneee", "trial=99", "latency<=3", "macs<=abc", "macs<=1"):
         with pytest.raises(UserError):
             study.select(wrong)
@@ -477,7 +487,7 @@ def test_a_baseline_that_fails_ends_the_search_and_is_tried_again(write: Write) 
             raise TrialFailed("out of memory")
 
     path = write()
-    why = "the plain backbone could not be trained: out of memory"
+    why = "the plain backbone could not be trained as candidates are, by `training`: out of memory"
     with pytest.raises(TrialFailed, match=why):
         by_formula(path, 4, Failing())
     shown = CliRunner().invoke(cli.app, ["status", str(path)])
@@ -836,7 +846,7 @@ def test_what_made_the_baseline_fail_can_be_mended(write: Write) -> None:
     site, specs = next(iter(failed.facts["choices"].items()))
     more = failed.facts["choices"] | {site: [*specs, "gcnet(ratio=0.125)"]}
     failed.optuna.set_user_attr(FACTS, failed.facts | {"choices": more})
-    with pytest.raises(UserError, match=r"space had what is gone: gcnet\(ratio=0\.125\) @ "):
+    with pytest.raises(UserError, match=r"what this one has not: gcnet\(ratio=0\.125\) @ "):
         searching(mended)
     failed.optuna.set_user_attr(FACTS, failed.facts)
     study = by_formula(mended, 3)
@@ -1037,6 +1047,35 @@ def test_a_study_does_not_share_its_folder_with_one_of_another_database(write: W
     assert len(search.run(4).trials) == 4
     with pytest.raises(UserError, match=r"the study 'tiny' of .*renamed\.db"):
         searching(write())
+
+
+def test_a_database_that_is_renamed_takes_its_files_along(write: Write) -> None:
+    """Also of a complete study, and one that comes in its place does not overwrite them."""
+    first = by_formula(write(), 2)
+    file = sqlite_path(first.storage)
+    assert file and any((first.folder / "weights").glob("*.safetensors"))
+    first.engine.dispose()
+
+    def rename(name: str) -> Path:
+        now = sqlite_path(Experiment.load(path).storage)
+        assert now
+        for left in now.parent.glob(f"{now.name}*"):
+            left.rename(left.with_name(left.name.replace(now.stem, name)))
+        return write(storage=f"sqlite:///{now.with_name(name)}.db")
+
+    path = write()
+    path = rename("second")
+    done = CliRunner().invoke(cli.app, ["search", str(path), "--trials", "2"])
+    assert done.exit_code == 0 and "complete" in done.output
+    with pytest.raises(UserError, match=r"the study 'tiny' of .*second\.db"):
+        searching(write())
+    path = write(storage=f"sqlite:///{file.with_name('second.db')}")
+    rename("third")
+    with pytest.raises(
+        UserError, match=r"weights of a study 'tiny' whose database .*second\.db is"
+    ):
+        searching(write())
+    assert not file.exists(), "nothing was made of it"
 
 
 def test_loading_leaves_the_garbage_collector_as_it_was() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_search import SPACE, Write, write
 from typer.testing import CliRunner
 
@@ -84,3 +84,21 @@ def test_batches_of_one_are_refused_where_a_norm_sees_one_value(
         train_architecture(
             architecture, settings, tmp_path / "w", epochs=1, on_test=False, tick=lambda *_: None
         )
+
+
+def test_a_training_does_not_take_the_place_of_an_export(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = write()
+    monkeypatch.chdir(tmp_path)
+    architecture = SearchSpace.of(Experiment.load(experiment).space).baseline()
+    architecture.save("a.yaml")
+    weights, arguments = Path("weights.safetensors"), ["train", "a.yaml", "--epochs", "1"]
+    arguments += ["--experiment", str(experiment)]
+    save_file({"w": torch.zeros(1)}, weights, {"key": "x", "accuracy": "0.5"})
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, UserError) and "--out FILE" in str(done.exception)
+    assert load_file(weights).keys() == {"w"}
+    assert CliRunner().invoke(app, [*arguments, "--out", str(weights)]).exit_code == 0, "it is told"
+    assert CliRunner().invoke(app, arguments).exit_code == 0, "its own last one is replaced"
+    assert "w" not in load_file(weights)

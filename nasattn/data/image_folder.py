@@ -292,10 +292,15 @@ def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
     """The classes: the folders in train or in the root; as many as the space has."""
     where = folders.get("train") or folders["all"]
     names = [path.name for path in _inside(where) if path.is_dir()]
+    if not names:
+        raise UserError(
+            f"data.root: {where} has no class folders; allowed: ROOT/CLASS/*.jpg, or "
+            "ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
+        )
     if len(names) != classes:
         shown = first_few(names, NAMED)
         raise UserError(
-            f"data.root: class folders in {where}: {len(names)} ({shown or 'none'}), but the space "
+            f"data.root: class folders in {where}: {len(names)} ({shown}), but the space "
             f"says classes: {classes}; write classes: {len(names)} in the space, or check the root"
         )
     for part, folder in folders.items():

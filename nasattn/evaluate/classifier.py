@@ -56,7 +56,9 @@ class Classifier(pl.LightningModule):
         loss: Tensor = self.loss(self(x), y)
         # A NaN stays in the weights, so looking now and then finds it without a sync a step.
         if (index % 16 == 0 or index + 1 == self.epoch_steps) and not loss.isfinite():
-            raise TrialFailed(f"the loss is {loss.item()} at step {self.step}")
+            raise TrialFailed(
+                f"the loss is {loss.item()} at step {self.step}: `lr` may be too high"
+            )
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:

@@ -19,6 +19,7 @@ from optuna.storages._rdb import models
 from sqlalchemy import Connection, Engine, and_, case, exists, insert, literal, select, update
 
 from nasattn.errors import UserError, first_few
+from nasattn.record import counted
 from nasattn.search.lease import BEAT, Heartbeats, workers
 
 Facts = Mapping[str, Any]  # as a study stores them: `experiment`, `choices`, and more
@@ -36,8 +37,8 @@ def losses(old: Facts, new: Facts) -> list[str]:
             lost.append(f"the site {site}")
         else:
             lost += [f"{spec} @ {site}" for spec in specs if spec not in offered]
-    if (before := _most(old)) > (after := _most(new)):
-        lost.append(f"architectures of {after + 1} to {before} blocks")
+    if _most(old) > (after := _most(new)):
+        lost.append(f"architectures of more than {counted(after, 'block')}")
     return lost
 
 

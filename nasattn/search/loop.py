@@ -82,6 +82,8 @@ class Search:
         store = open_store(experiment.artifacts, found)
         facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}
         self.study = open_study(experiment, facts, found)
+        for text in self.study.notes:
+            display.note(text)
         check_writable(self.study.folder)
         share(self.study, store, self.display.note)
         self.evaluator = Evaluator(
@@ -178,7 +180,7 @@ class Search:
         """Say what is searched, and about how long it will take."""
         space, note, trials = self.space, self.display.note, self.study.trials
         done, count = finished(trials), self.candidates.count()
-        for text in (*self.study.notes, *self.data.notes):
+        for text in self.data.notes:
             note(text)
         if names := self.data.facts.get("names"):
             sizes = (
@@ -283,7 +285,8 @@ class Search:
             patiently(lambda: slots.fail(job, why, trace), self.display.note)
             self._machine.renew(error, f"trial {job.trial.number}")
             if job.trial.baseline:
-                raise TrialFailed(f"the plain backbone could not be trained: {why}") from error
+                how = " as candidates are, by `training`" * self.experiment.training.warm_start
+                raise TrialFailed(f"the plain backbone could not be trained{how}: {why}") from error
         else:
             self._machine.works()
             if score is not None:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -66,7 +65,7 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
-    _claim_folder(sqlite_path(checked_url(experiment.storage)), experiment.study)
+    claim_folder(experiment.storage, experiment.study, new=found is None)
     if found is None or found.optuna.user_attrs.get(FACTS) != found.facts:
         found = _opened(experiment, facts)
     if grown := _grow(found, experiment, facts):
@@ -96,9 +95,11 @@ def _opened(experiment: Experiment, facts: Mapping[str, Any]) -> Study:
     return Study(study, storage)
 
 
-def _claim_folder(path: Path | None, name: str) -> None:
+def claim_folder(storage: str, name: str, *, new: bool = False) -> None:
     """Have the study's folder to itself, which stands beside its database's file. Raises UserError
-    where a study of the same name in another file there has it. path: None for a server."""
+    where a study of the same name in another file there has it, or, for a new one, had it: a file
+    that was renamed takes its folder along."""
+    path = sqlite_path(checked_url(storage))
     if path is None:
         return
     marker = path.parent / name / "database.txt"
@@ -113,6 +114,12 @@ def _claim_folder(path: Path | None, name: str) -> None:
                 f"{marker.parent} has the files of the study '{name}' of {other}: the two would "
                 "overwrite each other's; allowed: another `study:` name, or another folder for "
                 "this database"
+            )
+        if new and not other.exists() and any(marker.parent.rglob("*.safetensors")):
+            raise UserError(
+                f"{marker.parent} has the weights of a study '{name}' whose database {other} is "
+                "not there any more: they would be overwritten; allowed: that database, put back "
+                f"or named by `storage:`, another `study:` name, or the folder without {marker}"
             )
     replace_file(marker, f"{path.name}\n")
 
@@ -144,10 +151,10 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         return ""
     if lost or not all(line.startswith(GROWING) or line in moved for line in edits):
         raise UserError(
-            f"the experiment was edited since the study '{study.name}' began:\n"
+            f"the study '{study.name}' has another experiment (study -> this one):\n"
             + "".join(f"  {line}\n" for line in edits)
-            + (f"The study's space had what is gone: {first_few(lost)}.\n" if lost else "")
-            + f"Undo the edits to go on with it, or start another study: {ANOTHER}."
+            + (f"The study's space has what this one has not: {first_few(lost)}.\n" if lost else "")
+            + f"To go on with it write what it has, else start another study: {ANOTHER}."
         )
     if changed:
         what, why, key = "the images have changed", MIXED, "files"

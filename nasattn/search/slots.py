@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nasattn.errors import TrialFailed
 from nasattn.evaluate.checkpoint import STEP
 from nasattn.files import Files
-from nasattn.record import Score, Trial
+from nasattn.record import Score, Trial, counted
 from nasattn.search.lease import TRIAL, TURN, WORKER, Lease, Leases, trial_lease
 from nasattn.search.outage import patiently
 from nasattn.search.samplers import Exhausted, Gate, Snapshot
@@ -140,7 +140,7 @@ class Slots:
             if self.stopping.goes_on(trial, trials, all_begun=all_begun):
                 return True
             epochs = self.stopping.rungs[len(partial.rungs) - 1]
-            reason = f"stopped at {epochs} epochs with {partial.rungs[-1]:.4f}"
+            reason = f"stopped at {counted(epochs, 'epoch')} with {partial.rungs[-1]:.4f}"
             self._tell(job, TrialState.PRUNED, {REASON: reason})
         return False
 

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
 
 from nasattn.architecture import Architecture
-from nasattn.config import Experiment, Limit, differences
+from nasattn.config import Experiment, Limit, differences, mistaken
 from nasattn.errors import UserError
 from nasattn.files import Files, replace_file
 from nasattn.pareto import hypervolume, knee, non_dominated
@@ -175,11 +175,13 @@ class Study:
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most, of equal ones the most accurate. The plain
-        backbone, for which nobody has to search, only where there is no other."""
+        backbone, for which nobody has to search, only where no other does anything else."""
         front = self.frontier(trials)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
-        front = [t for t in reversed(front) if not t.baseline] or front
+        plain = next((self._points([t]) for t in front if t.baseline), None)
+        others = [t for t in reversed(front) if self._points([t]) != plain]
+        front = others or [t for t in front if t.baseline]
         return front[knee(self._points(front))]
 
     def select(self, choice: str) -> Trial:
@@ -367,7 +369,7 @@ class Study:
             least = min(t.cost.values[metric] for t in front)
             raise UserError(
                 f"--select: nothing on the frontier has {metric} <= {limit:,.15g}; "
-                f"the least is {least:,}"
+                f"the least is {least:,}{mistaken(limit, plain[metric])}"
             )
         return fitting[-1]
 

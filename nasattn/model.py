@@ -68,8 +68,9 @@ def insert(module: nn.Module, placements: Mapping[str, str], example: Tensor) ->
     for placement in sorted(parsed, key=lambda p: site_order(p.site)):
         shape = shapes[placement.site]
         if len(shape) != 4:
+            what = f"has the shape {shape}" if shape else "is not one tensor"
             raise UserError(
-                f"'{placement.site}': its output has the shape {shape}; "
+                f"'{placement.site}': its output {what}; "
                 "a block stands only on one map (N, C, H, W)"
             )
         _attach(network, placement.site, make_block(placement, shape[1]).to(like))

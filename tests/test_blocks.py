@@ -162,6 +162,13 @@ def test_every_parameter_learns_once_it_is_not_zero(name: str, options: Options)
 
 
 @every_variant
+def test_an_empty_batch_stays_empty(name: str, options: Options) -> None:
+    """As any module of torch's leaves it: a detector may have found nothing to crop."""
+    out = BLOCKS[name](32, **options).eval()(torch.zeros(0, 32, 7, 5))
+    assert out.shape == (0, 32, 7, 5)
+
+
+@every_variant
 def test_samples_are_independent_in_eval(name: str, options: Options) -> None:
     block = make(name, **options).eval().double()
     x = maps(3, 64, 7, 6, dtype=torch.float64)

@@ -370,7 +370,7 @@ def test_insert_twice(images: Tensor) -> None:
             {"head": "se"},
             r"'head': its output has the shape \(3, 3\); a block stands only on one map",
         ),
-        ({"pair": "se"}, r"'pair': its output has the shape \(\); a block"),
+        ({"pair": "se"}, r"'pair': its output is not one tensor; a block"),
         (
             {"feature.0": "se"},
             r"the network has no module 'feature\.0'; did you mean 'features\.0'\?",

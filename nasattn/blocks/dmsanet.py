@@ -61,11 +61,12 @@ class DualMultiScale(nn.Module):
         maps = torch.cat(
             [conv(source) for conv, source in zip(self.scales, sources, strict=True)], 1
         )
-        split = (x.shape[0], SCALES, -1, *x.shape[2:])
-        maps = self.attend(maps.reshape(-1, x.shape[1] // SCALES, *x.shape[2:]))
+        batch, quarter = x.shape[0], x.shape[1] // SCALES
+        maps = self.attend(maps.reshape(SCALES * batch, quarter, *x.shape[2:]))
         importance = self.excite(F.relu(self.squeeze(maps.mean((2, 3), keepdim=True)))).sigmoid()
-        weights = widen(importance.reshape(x.shape[0], SCALES, -1, 1, 1)).softmax(1).to(x.dtype)
-        out = shuffle((maps.reshape(split) * weights).flatten(1, 2), SCALES)
+        weights = widen(importance.reshape(batch, SCALES, quarter, 1, 1)).softmax(1).to(x.dtype)
+        maps = maps.reshape(batch, SCALES, quarter, *x.shape[2:])
+        out = shuffle((maps * weights).flatten(1, 2), SCALES)
         return self.identity(x, out)
 
     def map_elements(self, height: int, width: int) -> int:
@@ -127,5 +128,5 @@ def scale_conv(scales: str, channels: int, kernel: int, groups: int) -> nn.Modul
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
     """Channel i of group g comes to stand at i * groups + g."""
-    grouped = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    grouped = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     return grouped.transpose(1, 2).flatten(1, 2)

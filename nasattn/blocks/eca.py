@@ -29,7 +29,7 @@ class EfficientChannel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3)).unsqueeze(1)  # (B, 1, C)
         gate = self.neighbours(means).sigmoid().to(x.dtype)
-        return self.identity(x, x * gate.view(x.shape[0], -1, 1, 1))
+        return self.identity(x, x * gate.view(*x.shape[:2], 1, 1))
 
     def map_elements(self, height: int, width: int) -> int:
         return self.channels

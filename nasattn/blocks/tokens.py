@@ -51,7 +51,7 @@ def tokens(x: Tensor) -> Tensor:
 def image(tokens: Tensor, like: Tensor) -> Tensor:
     """(B, T, C) -> (B, C, H, W), with the height, width and memory format of `like`."""
     batch, _, height, width = like.shape
-    return keep_format(tokens.mT.reshape(batch, -1, height, width), like)
+    return keep_format(tokens.mT.reshape(batch, tokens.shape[-1], height, width), like)
 
 
 def keep_format(x: Tensor, like: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def export(
     trial = found.select(select)
     check_export(out)
     print(f"exporting trial {trial.number} ...", file=sys.stderr, flush=True)
-    weights = weights_of_trial(found, trial, Display(console()))
+    trial, weights = weights_of_trial(found, trial, Display(console()))
     try:
         print(export_trial(found, trial, weights, out))
     except ExportRefused as error:

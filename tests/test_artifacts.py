@@ -479,7 +479,7 @@ def test_a_trial_goes_on_at_another_machine_to_the_same_bits(
     assert rows(study) == rows(whole)
     kept = {0} | {trial.number for trial in study.frontier()}
     for number in kept:
-        found = weights_of_trial(study, study.trials[number], quiet())
+        _, found = weights_of_trial(study, study.trials[number], quiet())
         assert same(dict(found), load_file(weights_file(whole, number)))
     names = {f"weights/{number}.safetensors" for number in kept} | {"backbone.safetensors"}
     assert {path.relative_to(study.folder).as_posix() for path in study.files.elsewhere()} == (

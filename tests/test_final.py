@@ -4,6 +4,7 @@ The search runs by a formula. The final's trainings are real where the training 
 their loop is replaced and everything around it is real.
 """
 
+import itertools
 import json
 import math
 import os
@@ -694,6 +695,56 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     search = searching(path)
     search.retry()
     assert figures(search.run(4)) == figures(run(write("whole"))), "as if nothing had failed"
+
+
+def test_what_nobody_asks_for_any_more_keeps_its_failure(
+    fake_study: FakeStudy, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that has left the frontier, and a `final` that is not asked for."""
+    study = fake_study(8, final={"seeds": 1, "test": True})
+    member = study.frontier()[-1]
+    former = next(t for t in study.trials if t not in study.frontier() and not t.baseline)
+    for trial in (member, former):
+        evaluate(study, trial.architecture, 0, reason="oops")
+    evaluate(study, member.architecture, 1, reason="of a seed that there was once")
+    opened = set[str]()
+    study.reopen(opened)
+    assert len(opened) == 1
+    assert {
+        (e.architecture.key, e.seed) for e in evaluations(study.optuna.user_attrs).values()
+    } == {
+        (former.architecture.key, 0),
+        (member.architecture.key, 1),
+    }
+
+
+def test_who_is_at_the_final_takes_up_what_is_opened_again(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, again, calls = Trainings(monkeypatch), list[str](), itertools.count()
+
+    class Failing(Formula):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            if next(calls) == 2:
+                raise TrialFailed("out of memory")
+            return super().__call__(*arguments, **options)
+
+    real = Retraining.run
+
+    def retraining(self: Retraining) -> None:
+        real(self)
+        if not again:
+            again.append("by another process")
+            searching(path).retry()
+
+    path = write()
+    search = searching(path)
+    search.evaluator = Failing()  # type: ignore[assignment]
+    monkeypatch.setattr(Retraining, "run", retraining)
+    study = search.run(4)
+    assert again and {t.state for t in study.trials} == {"scored"}
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"] == trained.tests
 
 
 def test_a_backbone_that_fails_costs_its_seed_alone(

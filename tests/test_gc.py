@@ -172,9 +172,10 @@ def test_a_study_may_be_named_as_one_of_its_folders(fake_study: FakeStudy, name:
 
 
 def test_what_a_person_put_there_stays(study: Study) -> None:
-    mine = study.folder / "checkpoints" / "3.bak", study.folder / "weights" / "3.bak.safetensors"
+    names = "checkpoints/3.bak", "weights/3.bak.safetensors", "backbone.bak", "final/seed0.bak"
+    mine = [study.folder / name for name in (*names, ".notes.draft")]
     for path in mine:
-        path.mkdir()
+        path.mkdir(parents=True)
     found = collect(study)
     assert not {item.path for item in (*found.kept, *found.dropped)} & set(mine)
     assert all(path.exists() for path in mine)
@@ -183,7 +184,7 @@ def test_what_a_person_put_there_stays(study: Study) -> None:
 def test_what_killed_writers_leave_goes_when_nobody_works(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ".frontier.csv.0f3a.draft", "weights/.5.safetensors.draft"
+    names = ".backbone.safetensors.draft", "weights/.5.safetensors.0f3a.draft"
     drafts = [study.folder / name for name in names]
     for draft in drafts:
         draft.write_bytes(bytes(10))

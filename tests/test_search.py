@@ -394,10 +394,15 @@ def test_a_failure_is_recorded_and_the_search_goes_on(
     assert all(t.score is None for t in study.trials if t.state == "failed")
     assert {t.number for t in study.frontier()} <= {0, 4}
     assert study.summary()["failed"] == 3
-    search = searching(write())
+    search, stale = searching(write()), study.trials
     search.retry()
     assert [t.state for t in search.study.trials] == ["scored", *["running"] * 3, "scored"]
-    assert rows(search.run(5)) == rows(searching(write("whole")).run(5)), "as if nothing had failed"
+    assert rows(search.run(2)) == rows(searching(write("whole")).run(5)), "as if nothing had failed"
+    assert search.study.asked == 5
+    goes_on = search.study.folder / "checkpoints" / "1"
+    goes_on.mkdir(parents=True)
+    searching(write())._sweep(stale)  # by one who has not seen yet that it is open again
+    assert goes_on.exists()
 
 
 def test_on_a_terminal_the_backbones_training_is_seen(
@@ -429,10 +434,10 @@ def test_on_a_terminal_the_backbones_training_is_seen(
 
 def test_a_bare_resume_asks_for_what_was_asked_for_last(write: Write) -> None:
     """Whoever reads the study, and begins seconds later."""
-    path = write()
-    early, late = searching(path), searching(path)
+    early, late = searching(write()), searching(write(final={"seeds": 1}))
     late.plan(80)
     assert early.plan(None) == 80 and late.study.asked == 80
+    assert early.study.config.final, "nothing is taken back"
     assert early.plan(40) == 40 == early.study.asked
 
 
@@ -443,10 +448,15 @@ def test_a_crew_that_loses_its_gpu_goes_on_as_a_new_process(
         raise DeviceLost("trial 3 failed and left this process a GPU of no use")
 
     began: list[Any] = []
+
+    def renew(experiment: Experiment) -> Any:
+        began.append(experiment.study)
+        raise SystemExit(7)
+
     monkeypatch.setattr("nasattn.search.workers.search_with", lost)
-    monkeypatch.setattr(cli, "_renew", began.append)
+    monkeypatch.setattr(cli, "_renew", renew)
     found = CliRunner().invoke(cli.app, ["search", str(write()), "--workers", "2"])
-    assert [experiment.study for experiment in began] == ["tiny"], found.exception
+    assert (found.exit_code, began) == (7, ["tiny"]), found.exception
 
 
 def test_a_home_is_one_for_every_command(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,12 +539,13 @@ def test_lost_weights_are_trained_again_to_the_same_bits(write: Write) -> None:
     before = load_file(file)
     file.unlink()
     (study.folder / "backbone.safetensors").unlink()
-    after = weights_of_trial(study, best, Display(Console(quiet=True)))
+    trial, after = weights_of_trial(study, best, Display(Console(quiet=True)))
+    assert trial == best
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     display, said = Display(Console(quiet=True)), list[str]()
     display.note = said.append  # type: ignore[method-assign]
-    again = weights_of_trial(study, best, display)
+    _, again = weights_of_trial(study, best, display)
     assert all(torch.equal(before[k], again[k]) for k in before)
     assert said == [], "they are kept again"
 
@@ -1012,7 +1023,8 @@ def test_weights_that_are_damaged_are_trained_again(write: Write) -> None:
     weights_file(study, 0).write_bytes(b"damaged")
     display, said = Display(Console(quiet=True)), list[str]()
     display.note = said.append  # type: ignore[method-assign]
-    weights = weights_of_trial(study, study.trials[0], display)
+    again, weights = weights_of_trial(study, study.trials[0], display)
+    assert again.score != study.trials[0].score, "the formula's is no training's"
     assert weights and "cannot be read" in said[0]
 
 
@@ -1022,7 +1034,7 @@ def test_weights_of_another_databases_study_are_not_taken(write: Write) -> None:
     shutil.copy(weights_file(other, 0), weights_file(study, 0))
     display, said = Display(Console(quiet=True)), list[str]()
     display.note = said.append  # type: ignore[method-assign]
-    assert len(weights_of_trial(study, study.trials[0], display)) > 1, "the formula gives one"
+    assert len(weights_of_trial(study, study.trials[0], display)[1]) > 1, "the formula gives one"
     assert "is of another study" in said[0]
 
 
@@ -1076,6 +1088,29 @@ def test_a_database_that_is_renamed_takes_its_files_along(write: Write) -> None:
     ):
         searching(write())
     assert not file.exists(), "nothing was made of it"
+    by_formula(write(study="another"), 1)
+    with pytest.raises(
+        UserError, match=r"weights of a study 'tiny' whose database .*second\.db is"
+    ):
+        searching(write())
+    said = CliRunner().invoke(cli.app, ["search", str(write()), "--trials", "1", "--new-study"])
+    assert "new study: tiny-2;" in said.output and said.exit_code == 0, said.output
+
+
+def test_a_database_that_was_put_away_beside_keeps_its_files(write: Write) -> None:
+    """The same command makes a new one in its place."""
+    first = by_formula(write(), 2)
+    file = sqlite_path(first.storage)
+    assert file
+    first.engine.dispose()
+    (file.parent / "notes").write_text("no database")
+    for left in file.parent.glob("tiny.db*"):
+        left.rename(left.with_name(left.name.replace("tiny", "kept")))
+    with pytest.raises(UserError, match=r"the files of the study 'tiny' of .*kept\.db"):
+        searching(write())
+    for left in file.parent.glob("kept.db*"):
+        left.unlink()
+    assert by_formula(write(), 2).name == "tiny", "one that was deleted is begun anew"
 
 
 def test_loading_leaves_the_garbage_collector_as_it_was() -> None:

@@ -464,21 +464,29 @@ def test_kills_at_any_statement_change_nothing(halved: Study, tmp_path: Path) ->
 
 def test_what_failed_at_a_rung_is_tried_again(tmp_path: Path) -> None:
     search, calls = searching(tmp_path, sampler="random"), itertools.count(1)
-    table, rungs = search.evaluator, list[int]()
+    table, rungs = search.evaluator, dict[str, int]()
 
     class Failing(TableEvaluator):
         def __call__(self, architecture: Architecture, tick: Any, **options: Any) -> Any:
             if next(calls) % 7 == 0:
-                rungs.append(options["rung"])
+                rungs[architecture.key] = options["rung"]
                 raise TrialFailed("out of memory")
             return table(architecture, tick, **options)
 
     search.evaluator = Failing(TABLE)
     failed = [t.state for t in search.run(TRIALS).trials].count("failed")
-    assert failed == len(rungs) and min(rungs) == 0 < max(rungs)
-    search = searching(tmp_path, sampler="random")
+    assert failed == len(rungs) and min(rungs.values()) == 0 < max(rungs.values())
+    search, again = searching(tmp_path, sampler="random"), dict[str, int]()
     search.retry()
+
+    class Noting(TableEvaluator):
+        def __call__(self, architecture: Architecture, tick: Any, **options: Any) -> Any:
+            again.setdefault(architecture.key, options["rung"])
+            return table(architecture, tick, **options)
+
+    search.evaluator = Noting(TABLE)
     study = search.run(TRIALS)
+    assert rungs.items() <= again.items(), "each goes on from the rung that it had come to"
     assert {t.state for t in study.trials} == {"scored", "stopped"}
     assert study.complete(study.config, TRIALS)
 

@@ -146,10 +146,12 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, study: Study, total: int) -> None:
+    def begin(self, study: Study, total: int, *, rungs: bool = True) -> None:
+        """rungs: say what those of halving have shown."""
         self.study, self.total = study, total
         self.trials = study.trials
-        self._tell_rungs()
+        if rungs:
+            self._tell_rungs()
         self._draw()
 
     def start(self, task: str, waits: bool = False) -> None:

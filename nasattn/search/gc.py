@@ -5,6 +5,7 @@ that is not finished, or that was stopped and may be promoted, goes on from, as 
 is not through. All else can be trained again to the same bits.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nasattn.search.slots import named_by_number
 from nasattn.search.study import Study
 
 GB = 1e9
+DRAFT = r"\..+\.safetensors(\.[0-9a-f]+)?\.draft"  # of weights, as nasattn.files.whole names it
 BACKBONE_FILE = "backbone.safetensors"
 
 
@@ -85,9 +87,10 @@ def _chosen(study: Study, limit: float | None, busy: bool) -> Collection:
     paths = [
         *_numbered(folder / "weights", "*.safetensors"),
         *_numbered(folder / "checkpoints", "*"),
-        *sorted(folder.glob("backbone.*")),
-        *sorted((folder / FINAL).glob("seed*")),
-        *sorted([*folder.glob(".*.draft"), *(folder / "weights").glob(".*.draft")]),
+        *_named(folder, r"backbone\.(safetensors|checkpoints)"),
+        *_named(folder / FINAL, r"seed\d+"),
+        *_named(folder, DRAFT),
+        *_named(folder / "weights", DRAFT),
     ]
     shared = study.files.elsewhere()
     sizes = {path: (_size(path), shared.get(path, 0)) for path in dict.fromkeys([*paths, *shared])}
@@ -149,6 +152,10 @@ def _checkpoints(trial: Trial | None) -> tuple[bool, str]:
         so_far = f" with accuracy {trial.partial.accuracy:.4f}" if trial.partial else ""
         return True, f"its trial was stopped{so_far} and may go on"
     return False, f"its trial is {trial.state}"
+
+
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:

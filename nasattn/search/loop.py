@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,11 @@ class Search:
         note = self.display.note
         with self._leases() as leases:
             slots = Slots(self.study, 0, leases, self.gate, self.stopping, note)
-            trials = patiently(slots.reopen, note)
-        final = patiently(self.study.reopen, note)
-        more = f" and {counted(final, 'evaluation')} of the final" if final else ""
-        note(f"to be tried again: {counted(trials, 'trial')}{more} that failed")
+            trials, final = set[int](), set[str]()
+            patiently(partial(slots.reopen, trials), note)
+        patiently(partial(self.study.reopen, final), note)
+        more = f" and {counted(len(final), 'evaluation')} of the final" if final else ""
+        note(f"to be tried again: {counted(len(trials), 'trial')}{more} that failed")
 
     def _run(self, total: int) -> None:
         to_train = finished(self.study.trials) < total or self.study.promotable()
@@ -135,11 +137,15 @@ class Search:
         self.display.begin(self.study, total)
         if to_train:
             self._have_backbone()
-        self._work(total)
-        if self.study.config.final:
-            Retraining(
-                self.study, self.data, self.display, self.leases, self._machine, self._remark
-            ).run()
+        running = True
+        while running:  # others may open failed trials again while this one is at the final
+            self._work(total)
+            if self.study.config.final:
+                Retraining(
+                    self.study, self.data, self.display, self.leases, self._machine, self._remark
+                ).run()
+            trials = patiently(lambda: self.study.trials, self.display.note)
+            running = any(t.state == "running" for t in trials)
         patiently(self.study.write_final, self.display.note)
         self.display.note(patiently(self.study.completion, self.display.note))
 
@@ -154,7 +160,7 @@ class Search:
         loaders, so that a bare `resume` (None) goes on to it, and stores nothing."""
         self.study.refresh()  # another may have changed them since they were read
         count, asked = self.candidates.count(), total or self.study.config.search.trials
-        number = max(asked if count is None else min(asked, count), finished(self.study.trials))
+        number = max(asked if count is None else min(asked, count), len(self.study.rows()))
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
             raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
@@ -372,11 +378,11 @@ class Search:
         self.display.tick(share, accuracy)
         self.leases.doing |= {"share": round(share, 3), "accuracy": accuracy}
 
-    def train_again(self, trial: Trial, token: str) -> Weights:
-        """A scored trial's weights, from the same seed; kept again where it does as well."""
+    def train_again(self, trial: Trial, token: str) -> tuple[Trial, Weights]:
+        """As weights_of_trial, from the same seed; kept again where it does as well."""
         self.display.note(f"the weights of trial {trial.number} are gone: it is trained again")
         with self._leases() as self.leases, self.display:
-            self.display.begin(self.study, self.study.asked)
+            self.display.begin(self.study, self.study.asked, rungs=False)
             self._have_backbone()
             self._start(trial)
             again, weights = self.evaluator(trial.architecture, self._tick)
@@ -385,10 +391,10 @@ class Search:
                 f"its accuracy is {again.accuracy:.4f} now and was {accuracy(trial):.4f}: "
                 "another machine or another version computes a little differently"
             )
-            return weights
+            return replace(trial, score=again), weights
         with suppress(OSError):  # they are at hand
             self._keep(trial, token, again, weights, must=False)
-        return weights
+        return trial, weights
 
     def _publish(self, trials: list[Trial]) -> None:
         """Rewrite the frontier's files when it has changed."""
@@ -403,7 +409,8 @@ class Search:
         and was not published, as the study had no store then, is now."""
         kept = {0} | {t.number for t in self._published}  # of these trials, in their turn
         weights, checkpoints = weights_file(self.study, 0).parent, self.study.folder / "checkpoints"
-        ended = {t.number for t in trials if t.state in ("scored", "failed")}
+        # Not of those that have failed: another worker may just have opened them again.
+        ended = {t.number for t in trials if t.state == "scored"}
         over = {weights: ended - kept, checkpoints: ended}
         files, shared = self.study.files, self.study.files.elsewhere()
         for path in {*weights.glob("*.safetensors"), *checkpoints.glob("*"), *shared}:
@@ -421,8 +428,9 @@ def _facts(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
-    """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again."""
+def weights_of_trial(study: Study, trial: Trial, display: Display) -> tuple[Trial, Weights]:
+    """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again. And
+    the trial, with the score of that training where it did otherwise."""
     path = weights_file(study, trial.number)
     token = study.rows()[trial.number].user_attrs.get(TOKEN, "")
     share(study, open_store(study.config.artifacts, study), display.note)
@@ -430,10 +438,10 @@ def weights_of_trial(study: Study, trial: Trial, display: Display) -> Weights:
     try:
         # One of another database's study may have lain there since.
         if _facts(path).get("of", "") == token:
-            return load_file(path)
+            return trial, load_file(path)
         display.note(f"{path} is of another study")
     except FileNotFoundError:
         pass
     except (OSError, SafetensorError) as error:
         display.note(f"{path} cannot be read: {error}")
-    return Search(study.config, display).train_again(trial, token)
+    return Search(study.config, display, study).train_again(trial, token)

@@ -1,8 +1,10 @@
 """How a study is come by: found in its database, made there, or its space grown."""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -17,6 +19,7 @@ from nasattn.search.database import checked_url, connect, shown, sqlite_path
 from nasattn.search.growth import GROWING, at_work, gains, grow, losses
 from nasattn.search.study import FACTS, RUN, Study
 
+MARKER = "database.txt"  # in a study's folder: the name of its database's file
 ANOTHER = "give the experiment another `study:` name, or use --new-study"
 MIXED = "they would fall into other splits, so that some were trained on that are to judge, and "
 # What may change between two runs of one study.
@@ -65,6 +68,7 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
+    found = found or find_study(experiment.storage, experiment.study)
     claim_folder(experiment.storage, experiment.study, new=found is None)
     if found is None or found.optuna.user_attrs.get(FACTS) != found.facts:
         found = _opened(experiment, facts)
@@ -96,32 +100,56 @@ def _opened(experiment: Experiment, facts: Mapping[str, Any]) -> Study:
 
 
 def claim_folder(storage: str, name: str, *, new: bool = False) -> None:
-    """Have the study's folder to itself, which stands beside its database's file. Raises UserError
-    where a study of the same name in another file there has it, or, for a new one, had it: a file
-    that was renamed takes its folder along."""
+    """Have the study's folder to itself, which stands beside its database's file. A file that was
+    renamed takes its folder along. Raises UserError where the folder is that of a study of the same
+    name in another file, or, for a new study, was that of one whose file has gone elsewhere."""
     path = sqlite_path(checked_url(storage))
     if path is None:
         return
-    marker = path.parent / name / "database.txt"
+    marker = path.parent / name / MARKER
     make_folder(marker.parent)
-    with suppress(OSError, ValueError):
-        other = path.with_name(marker.read_text().strip())
-        if other.name == path.name:
-            return
-        same = path.exists() and other.samefile(path)
-        if not same and other.exists() and find_study(f"sqlite:///{other}", name):
-            raise UserError(
-                f"{marker.parent} has the files of the study '{name}' of {other}: the two would "
-                "overwrite each other's; allowed: another `study:` name, or another folder for "
-                "this database"
-            )
-        if new and not other.exists() and any(marker.parent.rglob("*.safetensors")):
-            raise UserError(
-                f"{marker.parent} has the weights of a study '{name}' whose database {other} is "
-                "not there any more: they would be overwritten; allowed: that database, put back "
-                f"or named by `storage:`, another `study:` name, or the folder without {marker}"
-            )
+    owner, filled = _owner(marker), new and any(marker.parent.rglob("*.safetensors"))
+    if owner == path.name:
+        owner = next(_renamed(path, name), owner) if filled else owner
+    if owner == path.name:
+        return
+    other = path.with_name(owner) if owner else path
+    if other.exists() and not (path.exists() and other.samefile(path)) and _holds(other, name):
+        raise UserError(
+            f"{marker.parent} has the files of the study '{name}' of {other}: the two would "
+            "overwrite each other's; allowed: another `study:` name, or another folder for this "
+            "database"
+        )
+    if filled and owner and not other.exists():
+        raise UserError(
+            f"{marker.parent} has the weights of a study '{name}' whose database {other} is not "
+            "there any more: they would be overwritten; allowed: that database, put back or named "
+            f"by `storage:`, another `study:` name, or the folder without {marker}"
+        )
     replace_file(marker, f"{path.name}\n")
+
+
+def _owner(marker: Path) -> str:
+    """The name of the database's file whose study a folder is; empty where nothing says so."""
+    with suppress(OSError, ValueError):
+        return Path(marker.read_text().strip()).name
+    return ""
+
+
+def _renamed(path: Path, name: str) -> Iterator[str]:
+    """The files beside a database that have a study of that name."""
+    others = (other for other in sorted(path.parent.iterdir()) if other.is_file())
+    return (other.name for other in others if other != path and _holds(other, name))
+
+
+def _holds(file: Path, name: str) -> bool:
+    """Whether a file is a sqlite database with a study of that name. It is only read."""
+    query = "SELECT 1 FROM studies WHERE study_name = ?"
+    with suppress(sqlite3.Error, OSError), file.open("rb") as head:
+        if head.read(16) == b"SQLite format 3\0":
+            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as base:
+                return base.execute(query, (name,)).fetchone() is not None
+    return False
 
 
 def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:
@@ -200,10 +228,14 @@ def _begins(study: Study, edits: Sequence[str], lost: Sequence[str]) -> bool:
 
 
 def free_name(storage: str, name: str) -> str:
-    """The name, or NAME-2 and so on, that no study of the database has."""
-    _, taken = _known(checked_url(storage))
+    """The name, or NAME-2 and so on, that no study of the database has, nor a folder beside it that
+    is another database's."""
+    url = checked_url(storage)
+    (_, taken), path = _known(url), sqlite_path(url)
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    mine = ("", path.name if path else "")
     return next(
         n
-        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        if n not in taken
+        for n in names
+        if n not in taken and not (path and _owner(path.parent / n / MARKER) not in mine)
     )

@@ -117,16 +117,15 @@ class Slots:
         state = TrialState.RUNNING if job.trial.baseline else TrialState.FAIL
         self._tell(job, state, {REASON: reason, "traceback": trace})
 
-    def reopen(self) -> int:
-        """Have the failed trials trained again, by any worker; how many there are."""
-        count = 0
+    def reopen(self, opened: set[int]) -> None:
+        """Have the failed trials trained again, by any worker. Those that are comes into `opened`,
+        also where the database goes away half-way."""
         while True:
             with suppress(TurnLost), self.leases.turn():
                 for row in self.study.rows():
                     if row.state is TrialState.FAIL:
-                        self._again(row)
-                        count += 1
-                return count
+                        opened.add(self._again(row).trial.number)
+                return
 
     def goes_on(self, job: Job, partial: Score) -> bool:
         """Store a trial's score at a rung; whether it is trained on. If not, it is told so."""

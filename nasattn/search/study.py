@@ -186,13 +186,14 @@ class Study:
 
     def select(self, choice: str) -> Trial:
         """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
-        knee, front = self.knee(), self.frontier()
+        trials = self.trials
+        knee, front = self.knee(trials), self.frontier(trials)
         if choice == "knee":
             return knee
         if choice == "best":
             return front[-1]
         if match := re.fullmatch(r"trial=(\d+)", choice):
-            scored = {t.number: t for t in self.trials if t.score}
+            scored = {t.number: t for t in trials if t.score}
             if int(match[1]) not in scored:
                 raise UserError(f"trial {match[1]} has no score; scored: {_spans(list(scored))}")
             return scored[int(match[1])]
@@ -313,13 +314,15 @@ class Study:
         if text not in told:
             storage.set_trial_user_attr(row, REMARKS, [*told, text])
 
-    def reopen(self) -> int:
-        """Have the evaluations of the `final` that failed made again; how many there are."""
-        stored = evaluations(self.optuna.user_attrs).values()
-        names = [evaluation.name for evaluation in stored if evaluation.reason]
-        for name in names:
-            self.optuna.set_user_attr(name, None)
-        return len(names)
+    def reopen(self, opened: set[str]) -> None:
+        """Have the evaluations of the `final` that failed made again, where it still asks for them.
+        Their names come into `opened`, also where the database goes away half-way."""
+        trials, final = self.trials, self.config.final
+        asked = {c.architecture.key for c in contenders(trials, self.frontier(trials))}
+        for (key, seed), evaluation in evaluations(self.optuna.user_attrs).items():
+            if evaluation.reason and final and seed < final.seeds and key in asked:
+                self.optuna.set_user_attr(evaluation.name, None)
+                opened.add(evaluation.name)
 
     def trouble(self, text: str) -> None:
         """Keep why a worker ended before the study was complete, until another begins ("")."""

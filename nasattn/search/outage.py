@@ -91,7 +91,7 @@ class Machine:
         if self._broken == MOST_BROKEN:
             raise Stopped(
                 f"{MOST_BROKEN} trainings in a row broke here, the last one by: {why}. It is left "
-                "open; the same command goes on"
+                "open: the same command goes on with it, and --retry with the others too"
             ) from error
         return why
 

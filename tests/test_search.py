@@ -1015,7 +1015,12 @@ def test_a_schedule_that_breaks_an_untrained_network_leaves_the_estimate_out(
 
     monkeypatch.setattr(search.evaluator, "estimate", nan)
     search.announce(6)
-    assert said[-1].startswith("7 trainings to go; Ctrl-C")
+    assert said[-1].startswith("7 trainings to go; Ctrl-C") and search.display.ends is None
+    monkeypatch.setattr(search.evaluator, "estimate", lambda *_, **__: 3600.0)
+    search.announce(6, workers=2)
+    assert "7 trainings to go, in about 30 min 00 s; Ctrl-C" in said[-1]
+    assert search.display.ends is not None
+    assert 1700 < search.display.ends - time.monotonic() <= 1800
 
 
 def test_weights_that_are_damaged_are_trained_again(write: Write) -> None:

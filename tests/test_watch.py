@@ -239,6 +239,19 @@ def test_the_last_training_has_its_time_left_as_the_others(whole: Study) -> None
     assert [w.share for w in display.workers] == [0.0, 0.5]
 
 
+def test_before_the_first_trial_the_time_left_is_as_was_estimated(
+    fake_study: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    display, _ = plain()
+    display.begin(fake_study(0), 20)
+    display.start("training the plain backbone")
+    assert display._left() == ""
+    for ends, left in ((220.0, "about 2 min 00 s left"), (90.0, "")):
+        display.ends = ends
+        assert display._left() == left
+
+
 def test_trials_are_told_with_the_costs_that_are_objectives(fake_study: FakeStudy) -> None:
     study = fake_study(3, objectives=["accuracy", "params"])
     display, text = plain()

@@ -120,6 +120,7 @@ class Display:
         self.workers: Sequence[Worker] = ()
         self.refused = 0
         self.final: Mapping[str, int] | None = None  # how far it is
+        self.ends: float | None = None  # by time.monotonic(), as it was estimated at the start
         self._redrawn = 0.0
         self._to_come: tuple[list[Trial] | None, list[float]] = (None, [])
         self._told = 0  # lines of what the rungs are worth, which only grow
@@ -288,7 +289,8 @@ class Display:
             grid.add_row("", Text(f"... and {len(failed) - FAILURES} earlier failures"))
 
     def _left(self) -> str:
-        """How long the rest may take, from the trainings so far; empty where nothing tells."""
+        """How long the rest may take, from the trainings so far, before the first as was estimated
+        at the start; empty where nothing tells."""
         shares = sum(w.share for w in self.workers)
         if halving := self._halving:  # in epochs, for most trials take only a part of them
             known = [t.known for t in self.trials if t.known]
@@ -299,10 +301,15 @@ class Display:
             known = [t.score for t in self.trials if t.score]
             done = len(known)
             left = self.total - finished(self.trials) - shares
-        if left <= 0 or not done or not self.workers:
+        if left <= 0 or not self.workers:
             return ""
-        spent = sum(score.seconds for score in known)
-        return f"about {duration(left * spent / done / len(self.workers))} left"
+        if done:
+            seconds = left * sum(score.seconds for score in known) / done / len(self.workers)
+        else:
+            seconds = self.ends - time.monotonic() if self.ends else 0.0
+            if seconds <= 0:
+                return ""
+        return f"about {duration(seconds)} left"
 
     @property
     def _halving(self) -> ParetoHalving | None:

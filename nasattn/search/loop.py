@@ -224,6 +224,7 @@ class Search:
         else:
             estimate = self._estimate(whole, prepare=prepare)
         about = f", in about {duration(estimate / workers)}" if estimate else ""
+        self.display.ends = time.monotonic() + estimate / workers if estimate else None
         final = ", then the final" if self.experiment.final else ""
         note(f"{togo}{about}{final}; Ctrl-C stops, the same command goes on")
 

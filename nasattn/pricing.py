@@ -54,11 +54,8 @@ class Pricing:
     def of(cls, experiment: Experiment, space: SearchSpace) -> "Pricing":
         latency = None
         if "latency_s" in experiment.metrics:
-            latency = check(
-                LatencyTable,
-                experiment.latency,
-                Source("the latency table (`latency:`, which `nasattn profile` makes)"),
-            )
+            source = Source("latency: the table that `nasattn profile` makes")
+            latency = check(LatencyTable, experiment.latency, source)
         return cls(space, experiment.metrics, latency)
 
     def __call__(self, row: Row) -> Values:

@@ -671,6 +671,23 @@ def test_round_trip(folder: Path) -> None:
         assert differences(stored, again.as_dict()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "such"),
+    [
+        ({"budget": "1.3x"}, "{macs: 1.1x}"),
+        ({"study": "a b"}, "mine_2"),
+        ({"space": {"sites": "stage*"}}, '["stage*.*"]'),
+        ({"space": {"sites": []}}, '["stage*.*"]'),
+        ({"space": {"blocks": ["se"]}}, "{se: {}, lightnl: {ratio: [0.25]}}"),
+    ],
+)
+def test_what_is_of_a_wrong_kind_is_told_with_an_example(change: dict[str, Any], such: str) -> None:
+    space = {**WHOLE["space"], **change.pop("space", {})}
+    with pytest.raises(UserError) as refused:
+        Experiment.from_dict(WHOLE | {"space": space} | change)
+    assert any(line.endswith(f", such as {such}") for line in str(refused.value).splitlines())
+
+
 def test_paths_are_taken_as_a_shell_takes_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,6 +286,14 @@ def test_a_budget_that_nothing_fits_is_refused(write: Write, budget: dict[str, A
         assert str(refused.value).endswith(hint)
 
 
+def test_what_is_no_latency_table_is_told_as_that(write: Write) -> None:
+    path = write(latency={"study": "tiny"}, objectives=["accuracy", "latency_s"], budget={})
+    with pytest.raises(UserError) as refused:
+        searching(path)
+    lines = str(refused.value).splitlines()
+    assert all(line.startswith("latency: the table that `nasattn profile` makes") for line in lines)
+
+
 def test_the_cheapest_excess_is_named_exactly(write: Write) -> None:
     search = searching(write())
     table = search.space.table

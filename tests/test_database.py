@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -94,6 +95,21 @@ def test_many_create_one_study_at_once(storage: str) -> None:
     assert len({study.optuna._study_id for study in found}) == 1
     assert [s.study_name for s in connect(storage).get_all_studies()] == ["shared"]
     assert all(study.facts == found[0].facts for study in found)
+
+
+def test_a_creator_whom_sqlite_refuses_at_once_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = database._opened, [True]
+
+    def refused_once(storage: str) -> Any:
+        if left:
+            left.pop()
+            raise OperationalError("", None, sqlite3.OperationalError("database is locked"))
+        return real(storage)
+
+    monkeypatch.setattr(database, "_opened", refused_once)
+    assert opened(f"sqlite:///{tmp_path}/one.db").name == "shared"
 
 
 def test_a_creation_that_was_killed_half_way_is_completed(storage: str) -> None:

@@ -43,14 +43,16 @@ def connect(storage: str) -> RDBStorage:
             "lost; allowed: a file, such as sqlite:///runs/nasattn.db"
         )
     for pause in (*CREATING, None):
+        began = time.monotonic()
         try:
             return _opened(storage)
         except (SQLAlchemyError, StorageInternalError, RuntimeError, OSError) as error:
-            if pause and _half_created(error):
+            # Of creators who wait for one another sqlite refuses one at once.
+            at_once = "is locked" in _words(error) and time.monotonic() - began < BUSY
+            if pause and (at_once or _half_created(error)):
                 time.sleep(pause)
                 continue
-            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-            reason = str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
+            reason = _words(error)
             path = sqlite_path(storage)
             if path and path.exists() and not os.access(path.parent, os.W_OK):
                 reason += (
@@ -66,6 +68,12 @@ def connect(storage: str) -> RDBStorage:
                 "for PostgreSQL: pip install 'nasattn[cluster]'"
             ) from None
     raise AssertionError("the last try returns or raises")
+
+
+def _words(error: Exception) -> str:
+    """The driver's own, on one line."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]
 
 
 def _opened(storage: str) -> RDBStorage:

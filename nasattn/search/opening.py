@@ -68,8 +68,7 @@ def open_study(
 
     A UserError when it is there with another experiment: the differences are shown.
     """
-    found = found or find_study(experiment.storage, experiment.study)
-    claim_folder(experiment.storage, experiment.study, new=found is None)
+    claim_folder(experiment.storage, experiment.study)
     if found is None or found.optuna.user_attrs.get(FACTS) != found.facts:
         found = _opened(experiment, facts)
     if grown := _grow(found, experiment, facts):
@@ -99,7 +98,7 @@ def _opened(experiment: Experiment, facts: Mapping[str, Any]) -> Study:
     return Study(study, storage)
 
 
-def claim_folder(storage: str, name: str, *, new: bool = False) -> None:
+def claim_folder(storage: str, name: str) -> None:
     """Have the study's folder to itself, which stands beside its database's file. A file that was
     renamed takes its folder along. Raises UserError where the folder is that of a study of the same
     name in another file, or, for a new study, was that of one whose file has gone elsewhere."""
@@ -108,7 +107,8 @@ def claim_folder(storage: str, name: str, *, new: bool = False) -> None:
         return
     marker = path.parent / name / MARKER
     make_folder(marker.parent)
-    owner, filled = _owner(marker), new and any(marker.parent.rglob("*.safetensors"))
+    owner = _owner(marker)
+    filled = any(marker.parent.rglob("*.safetensors")) and not _holds(path, name)
     if owner == path.name:
         owner = next(_renamed(path, name), owner) if filled else owner
     if owner == path.name:

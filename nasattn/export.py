@@ -67,8 +67,8 @@ def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out:
         raise UserError(f"these are not the weights of trial {trial.number}: {error}") from None
     network.eval()
     assert trial.score is not None
-    own = trial.score.accuracies[0]  # the weights are the first seed's
-    facts = {"key": trial.architecture.key, "accuracy": f"{own:.6f}"}
+    own = f"{trial.score.accuracies[0]:.6f}"  # the weights are the first seed's
+    facts = {"key": trial.architecture.key, "accuracy": own}
     with _replacing(out) as draft:
         trial.architecture.save(draft / "architecture.yaml")
         (draft / "weights.safetensors").write_bytes(save(dict(weights), metadata=facts))
@@ -197,7 +197,8 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
     import onnx
     import onnxruntime
 
-    architecture = trial.architecture
+    architecture, score = trial.architecture, trial.score
+    assert score is not None
     baseline = next(t for t in study.trials if t.baseline)
     rows = [("validation accuracy", *(t.score.text if t.score else "-" for t in (trial, baseline)))]
     for metric, value in trial.cost.values.items():
@@ -221,8 +222,8 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         backbone=architecture.backbone.name,
         blocks="\n".join(blocks) or "- none: this is the plain backbone",
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        evaluator=trial.score.evaluator if trial.score else "",
-        own=_own(trial),
+        evaluator=score.evaluator,
+        own=f", of {score.accuracies[0]:.4f}" if score.repeats else "",
         classes=architecture.classes,
         shape=", ".join(map(str, architecture.input)),
         prepared=_prepared(study, architecture.input),
@@ -232,13 +233,6 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         parity=parity,
         date=datetime.now(UTC).date().isoformat(),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-    )
-
-
-def _own(trial: Trial) -> str:
-    """What the weights themselves reach, where that is not the accuracy of the table."""
-    return (
-        f", of {trial.score.repeats[0].accuracy:.4f}" if trial.score and trial.score.repeats else ""
     )
 
 

@@ -7,18 +7,20 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import NoReturn
 
     from nasattn.config import Experiment
     from nasattn.search.study import Study
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Find where to place light non-local attention in a mobile network, within a budget.",
@@ -266,7 +268,7 @@ def train(
     from nasattn.architecture import Architecture
     from nasattn.evaluate.candidate import train_architecture
     from nasattn.export import unexported
-    from nasattn.search.display import progress
+    from nasattn.tables import progress
 
     console = Console(stderr=True)
     with progress(console, f"training {architecture.name}") as tick:
@@ -330,8 +332,8 @@ def profile(
     from nasattn.cost.latency import LatencyRefused, Target
     from nasattn.cost.profile import profile as measure
     from nasattn.cost.profile import read_space
-    from nasattn.search.display import counting
     from nasattn.space import SearchSpace
+    from nasattn.tables import counting
 
     fields, named = read_space(experiment)
     path = out or named or experiment.parent / f"latency-{runtime}.yaml"
@@ -415,7 +417,7 @@ def _search(
             study = search_with(experiment, trials, count, display, start, found, retry)
         else:
             with _loading():
-                search = Search(experiment, display, found)
+                search = _patiently(lambda: Search(experiment, display, found))
             if retry:
                 search.retry()
             study = search.run(trials)
@@ -511,9 +513,20 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
     with _loading():
         from nasattn.search.opening import load_study
 
-        found = load_study(storage, name)
-        found.frontier()  # reads all trials, which stay read
+        found = _patiently(lambda: load_study(storage, name))
+        _patiently(found.frontier)  # reads all trials, which stay read
     return found
+
+
+def _patiently(step: "Callable[[], T]") -> "T":
+    """A step of a start. A person hears at once of a database that is away; a worker, who may come
+    in a killed one's place, waits for it."""
+    from nasattn.search.lease import PARENT
+    from nasattn.search.outage import patiently
+
+    if PARENT not in os.environ:
+        return step()
+    return patiently(step, lambda text: print(f"nasattn: {text}", file=sys.stderr, flush=True))
 
 
 def _json(value: Any) -> None:

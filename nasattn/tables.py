@@ -1,14 +1,22 @@
-"""What the commands print for people: tables, and a line for each fact.
+"""What the commands print for people: tables, a line for each fact, a bar for one long thing.
 
 Some of them read no study: what is of the search is imported where it is printed.
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from nasattn.record import amount
@@ -131,3 +139,49 @@ def print_blocks(rows: Sequence[Mapping[str, Any]]) -> None:
 def console() -> Console:
     # A file or a pipe has no width: lines there are as long as they need to be.
     return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+
+
+@contextmanager
+def progress(console: Console, text: str) -> Iterator[Callable[[float, float | None], None]]:
+    """A bar for one training; what it yields takes the share done and the last accuracy."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[last]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(text, total=1.0, last="")
+
+        def tick(share: float, accuracy: float | None) -> None:
+            last = "" if accuracy is None else f"accuracy {accuracy:.4f}"
+            bar.update(task, completed=share, last=last)
+
+        yield tick
+
+
+@contextmanager
+def counting(text: str) -> Iterator[Callable[[float, int, float], None]]:
+    """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
+    many are done, of how many, and the noise."""
+    console, told = Console(stderr=True), -1
+    with Progress(
+        TextColumn("{task.description}  {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("noise {task.fields[noise]:.0%}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(text, total=None, noise=0.0)
+
+        def tell(done: float, total: int, noise: float) -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=total, noise=noise)
+            if not console.is_terminal and int(10 * done / total) > told:
+                told = int(10 * done / total)
+                print(f"{text}  {done:.0f}/{total}  noise {noise:.0%}", file=sys.stderr)
+
+        yield tell

@@ -100,7 +100,7 @@ def test_no_accuracy_is_shown_that_cannot_be() -> None:
         "of a difference"
     )
     one = {"mean": 0.9, "low": None, "high": None, "n": 1}
-    assert final_text.interval(one, 1) == "0.9000" and final_text.shown(one) == (0.9, 0.9)
+    assert final_text.interval(one, 1) == "0.9000" and final_text.clipped(one) == (0.9, 0.9)
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -305,6 +305,22 @@ def test_unfinished_is_not_judged_and_a_failure_leaves_what_is_paired(study: Stu
     assert row["test"]["gain"]["mean"] == pytest.approx(fmean(a - b for a, b in pairs))
     assert row["test"]["membership"] is not None, "from the two seeds that all have"
     assert any("oops" in line for line in final_text.notes(again))
+
+
+def test_a_controls_cost_is_known_from_the_seed_that_did_not_fail(study: Study) -> None:
+    wanted = contenders(study.trials, study.frontier())
+    control = next(c.architecture for c in wanted if c.trial is None)
+    failed = Evaluation(seed=0, architecture=control, cost=Cost(values={}), reason="oops")
+    study.optuna.set_user_attr(failed.name, failed.as_dict())
+
+    def cost() -> Any:
+        final = study.final()
+        assert final is not None
+        return next(row["cost"] for row in final["rows"] if row["key"] == control.key)
+
+    assert cost() == {}
+    evaluate(study, control, 1, val=0.5, test=0.5)
+    assert cost() == priced(control).values
 
 
 def test_what_left_the_frontier_is_still_shown(study: Study) -> None:

@@ -360,6 +360,12 @@ def test_a_constant_objective_is_survived(constant: float) -> None:
     assert len(set(keys(study))) == START + 5
 
 
+def test_values_that_differ_by_their_rounding_alone_are_survived() -> None:
+    study, values = study_of(FrontierSampler({1: cost}, space=SPACE)), [0.3, 0.1 + 0.2]
+    study.optimize(lambda t: (values[t.number % 2], objective(t)[1]), n_trials=START + 5)
+    assert len(set(keys(study))) == START + 5
+
+
 def test_two_unknown_objectives_are_learned_in_their_own_directions() -> None:
     """The weight is unknown too and wanted large: one more than the errors and the costs above."""
     both = lambda p: [error(p), weight(p), cost(p)]  # noqa: E731

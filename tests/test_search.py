@@ -712,6 +712,10 @@ def test_a_changed_backbone_is_not_the_plain_one(write: Write) -> None:
     path = write(**fields)
     study = by_formula(path, 1)
     assert study.trials[0].score and study.frontier() == []
+    assert study.summary()["best"] is None
+    display = Display(Console(quiet=True))
+    display.begin(study, 12)
+    assert display.summary().startswith("best -, ")
     for command in ("pareto", "status", "report"):
         said = CliRunner().invoke(cli.app, [command, str(path)])
         assert said.exit_code == 0, said.exception
@@ -986,8 +990,10 @@ def test_a_database_that_is_locked_or_damaged_is_told_in_a_line(write: Write) ->
         ).fetchone()
         (size,) = connection.execute("PRAGMA page_size").fetchone()
         connection.execute("BEGIN EXCLUSIVE")
-        locked = nasattn("search", path, "--trials", "4", before="database.BUSY = 1")
-    refused(locked, 1, "the database cannot be used: database is locked")
+        impatient = "database.BUSY = 1; from nasattn.search import outage; outage.PATIENCE = 1"
+        locked = nasattn("search", path, "--trials", "4", before=impatient)
+    assert "the database does not answer (database is locked)" in locked.stdout
+    refused(locked, 1, "(database is locked); when it does, the same command goes on")
     content = bytearray(file.read_bytes())
     content[(page - 1) * size : page * size] = random.Random(0).randbytes(size)
     damaged.write_bytes(content)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,8 @@ from nasattn.search.display import Display, Worker, duration
 from nasattn.search.loop import Search
 from nasattn.search.opening import load_study
 from nasattn.search.samplers import SAMPLERS, Exhausted, Gate
-from nasattn.search.slots import Slots
-from nasattn.search.stopping import CHANCE, PROBES, ParetoHalving, reached
+from nasattn.search.slots import FIRST, Slots
+from nasattn.search.stopping import CHANCE, PROBES, TRUSTED, ParetoHalving, reached
 from nasattn.search.study import Study, finished
 from nasattn.search.watch import Follower
 from nasattn.search.workers import ended
@@ -142,6 +143,20 @@ def test_the_cheapest_do_not_survive_for_being_cheap() -> None:
     assert set(numbers(also)) == found
 
 
+def test_bands_hold_as_many_trials_and_several_costs_count_alike() -> None:
+    some = [trial(n, 10 + n * n, 0.5) for n in range(200)]
+    sizes = Counter(band for band, _ in HALVING._banded(some))
+    assert list(sizes) == list(range(6)) and set(sizes.values()) <= {33, 34}
+    assert {band for band, _ in HALVING._banded(some[:23])} == {0}, "too few for two"
+    # What is dearer in one is as much cheaper in the other: all are alike.
+    opposed = [
+        replace(t, cost=Cost(values={"macs": t.cost.values["macs"], "params": 200 - n}))
+        for n, t in enumerate(some)
+    ]
+    both = ParetoHalving(RUNGS, 3, ["macs", "params"])
+    assert {band for band, _ in both._banded(opposed)} == {0}
+
+
 def test_rungs_that_do_not_rank_stop_nobody() -> None:
     rng = random.Random(0)
     ends = [0.3 + n / 100 for n in range(PROBES[-1])]
@@ -216,6 +231,19 @@ def test_a_rung_that_ranks_by_chance_is_hardly_ever_trusted() -> None:
     assert HALVING.tau(0, [trial(n, 100, 0.1, 0.2, e) for n, e in enumerate(ends)]) == (0.0, 1.0)
 
 
+def test_an_order_that_is_real_and_weak_is_not_trusted() -> None:
+    """The most probes show what is not chance and yet ranks too little."""
+    ends = [0.3 + n / 100 for n in range(PROBES[-1])]
+    rng, looked = random.Random(0), 0
+    while looked < 20:
+        rung = [e + rng.gauss(0, 0.3) for e in ends]
+        trials = [trial(n, 100, rung[n], e, e) for n, e in enumerate(ends)]
+        tau, chance = HALVING.tau(0, trials)
+        if chance <= CHANCE and tau < TRUSTED:
+            assert not HALVING.trusts(0, trials)
+            looked += 1
+
+
 def test_a_failed_probe_tells_nothing() -> None:
     trials = probed()
     trials[3] = replace(trials[3], score=None, state="failed", reason="out of memory")
@@ -227,6 +255,10 @@ def test_what_is_dominated_even_with_the_greatest_gain_is_hopeless() -> None:
     some = [trial(8, 100, 0.16), trial(9, 100, 0.18), trial(10, 99, 0.16)]
     assert HALVING.hopeless(some, 0, first) == {8}, "9 may come to more, 10 is cheaper"
     assert HALVING.hopeless(some, 0, first[1:]) == set(), "too few have ended"
+    both = ParetoHalving(RUNGS, 3, ["macs", "params"])
+    dearer = Cost(values={"macs": 101, "params": 99})
+    some = [trial(8, 101, 0.16), replace(trial(9, 101, 0.16), cost=dearer)]
+    assert both.hopeless(some, 0, first) == {8}, "9 is cheaper in one"
 
 
 def test_the_highest_rung_is_promoted_first_and_of_it_the_best() -> None:
@@ -532,8 +564,17 @@ def test_who_was_asked_for_fewer_trials_judges_as_who_was_asked_for_more(tmp_pat
 
 
 def test_small_populations_keep_parents_that_were_promoted(tmp_path: Path) -> None:
-    study = searching(tmp_path, sampler="nsga2", population=2).run(TRIALS)
-    assert len(study.trials) == TRIALS and len(study.optuna.get_trials()) > TRIALS
+    search = searching(tmp_path, sampler="nsga2", population=4, seed=4, eta=3)
+    study = search.run(TRIALS)
+    arguments: Any = (search.stopping, search.display.note)
+    slots = Slots(study, TRIALS, search._leases(), search.gate, *arguments)
+    shown = {row._trial_id for row in slots._believed(study.rows(), study.trials)}
+    attributes = study.optuna._storage.get_study_system_attrs(study.optuna._study_id)
+    parents = {i for k, ids in attributes.items() if ":parent:" in k for i in ids}
+    assert parents <= shown, "Optuna looks for them by these"
+    rows = study.optuna.get_trials()
+    times = Counter(row.user_attrs.get(FIRST, row._trial_id) for row in rows)
+    assert {1, 2, 3} == {times[i] for i in parents}, "some have gone on, once and twice"
 
 
 def test_a_trial_goes_on_when_all_slots_are_taken(

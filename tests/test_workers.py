@@ -3,11 +3,14 @@
 Where the training is not the matter a formula stands for it, and workers are forks of this process.
 """
 
+import errno
 import multiprocessing
 import os
 import random
 import re
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +25,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from test_search import Formula, Write, by_formula, rows, searching, write
 
-from nasattn import load_study
+from nasattn import cli, load_study
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment
 from nasattn.errors import DataFailed, Stopped, TrialFailed, UserError
@@ -30,9 +33,10 @@ from nasattn.evaluate.checkpoint import STEP
 from nasattn.evaluate.train import Tick
 from nasattn.pricing import Pricing
 from nasattn.record import Score
-from nasattn.search import lease, loop, outage, workers
+from nasattn.search import database, launchers, lease, loop, outage, workers
 from nasattn.search.database import connect
 from nasattn.search.display import Display
+from nasattn.search.launchers import Local
 from nasattn.search.lease import LEAVE, Heartbeats, Lease, Leases
 from nasattn.search.slots import Slots
 from nasattn.search.stopping import ParetoHalving
@@ -123,6 +127,8 @@ def test_a_watch_believes_beats_and_no_clock_but_its_own() -> None:
     assert not look(20, 1e6), "the observer itself was away: it begins anew"
     assert [look(20, 10) for _ in range(7)] == [False] * 6 + [True]
     assert watch.dead(None), "it has signed off"
+    watch = Heartbeats(lambda: now[0], every=30)
+    assert [look(20, 30) for _ in range(4)] == [False] * 3 + [True], "of who looks seldom, too"
     assert not Heartbeats().dead(worker(3)), "not seen before: no judgement"
 
 
@@ -543,6 +549,84 @@ def test_a_database_that_comes_back_is_waited_for(
     assert [text for text in said if "answers again" in text]
 
 
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_moments_outage_at_any_statement_is_waited_for(
+    write: Write, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole, waited = by_formula(write("whole"), 4), list[float]()
+    monkeypatch.setattr(outage, "pause", waited.append)
+
+    def run(path: Path, first: int) -> int:
+        """Statements in all; two from `first` on fail, but for what the heart-beats say."""
+        search, done, own = searching(path), 0, threading.get_ident()
+        search.evaluator = Formula()
+
+        def fail(*_: Any) -> None:
+            nonlocal done
+            done += threading.get_ident() == own
+            if done in (first, first + 1) and threading.get_ident() == own:
+                raise OperationalError("", {}, Exception("the server went away"))
+
+        event.listen(search.study.engine, "before_cursor_execute", fail)
+        study, count = search.run(4), done
+        event.remove(search.study.engine, "before_cursor_execute", fail)
+        assert rows(study) == rows(whole)
+        return count
+
+    last = run(write("counted"), -1) - 1  # with it a worker signs off
+    for first in range(1, last, step):
+        waited.clear()
+        run(write(f"torn{first}"), first)
+        assert waited
+    assert last > 60
+
+
+def test_ctrl_c_is_not_taken_for_an_outage(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes within a turn, while the database is away."""
+    search, release, looks = searching(write()), Leases.release, list[int]()
+
+    def away(*_: Any) -> None:
+        monkeypatch.setattr(Leases, "release", release)
+        raise OperationalError("", {}, Exception("the server went away"))
+
+    def publish(trials: Any) -> None:
+        looks.append(len(trials))
+        if len(trials) == 2:
+            monkeypatch.setattr(Leases, "release", away)
+            raise KeyboardInterrupt
+
+    search.evaluator = Formula()
+    monkeypatch.setattr(search, "_publish", publish)
+    monkeypatch.setattr(outage, "pause", lambda seconds: None)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(4)
+    assert looks == [0, 1, 2]
+    assert Leases.release is release, "the database was away"
+
+
+def test_who_takes_a_killed_ones_place_waits_for_the_database(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+    by_formula(path, 2)
+    connect, tries = database._opened, list[str]()
+
+    def away(storage: str) -> Any:
+        tries.append(storage)
+        if len(tries) < 3:
+            raise OperationalError("", {}, Exception("connection refused"))
+        return connect(storage)
+
+    monkeypatch.setattr(database, "_opened", away)
+    monkeypatch.setattr(outage, "pause", lambda seconds: None)
+    with pytest.raises(UserError, match="connection refused"):
+        cli._study(None, url(path), "tiny")
+    monkeypatch.setenv(lease.PARENT, str(os.getppid()))
+    tries.clear()
+    assert len(cli._study(None, url(path), "tiny").trials) == 2
+    assert len(tries) == 3
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -588,6 +672,21 @@ def test_a_worker_that_lost_its_trial_keeps_silent(write: Write) -> None:
     assert formula.calls == 2, "it went on with the next trial"
     trials = load_study(url(path), "tiny").trials
     assert [t.state for t in trials] == ["scored", "scored", "running", "running"]
+
+
+def test_a_slot_that_another_holds_is_waited_for(write: Write) -> None:
+    """It has lost its turn before it wrote the slot, and will begin it in its next."""
+    path = write()
+    by_formula(path, 2)
+    search = searching(path)
+    with search._leases() as mine, search._leases() as other:
+        slots = Slots(search.study, 3, mine, search.gate, None, search.display.note)
+        assert other.acquire("trial:2")
+        turn = slots.next(lambda trials: None)
+        assert (turn.job, turn.others, turn.over) == (None, 1, False)
+        other.release("trial:2")
+        job = slots.next(lambda trials: None).job
+        assert job and job.trial.number == 2
 
 
 def test_a_worker_that_lost_its_turn_writes_nothing(write: Write, storage: str) -> None:
@@ -770,6 +869,35 @@ def test_two_trials_that_kill_end_no_crew(
     states = [t.state for t in study.trials]
     assert states == ["scored"] * 3 + ["failed"] * 2 + ["scored"] * 3
     assert all("8 times" in t.reason for t in study.trials[3:5])
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOMEM, "worker 1 cannot be started: .*Cannot allocate memory"),
+        (errno.ENOSPC, "the disk is full"),
+    ],
+)
+def test_a_worker_that_cannot_be_started_takes_nobody_with_it(
+    write: Write, monkeypatch: pytest.MonkeyPatch, number: int, told: str
+) -> None:
+    """None is left to start in the place of a killed one, such as after the OOM killer's."""
+    path, started, said = write(), list[int](), list[str]()
+
+    def spawn(command: Any, *_: Any) -> Any:
+        started.append(1)
+        if len(started) == 3:
+            raise OSError(number, os.strerror(number))
+        return subprocess.Popen(["sleep", "60"])
+
+    monkeypatch.setattr(launchers, "spawn", spawn)
+    experiment = Experiment.load(path)
+    crew = workers.Crew(Local(experiment.trainer), searching(path).study, 2, said.append)
+    crew.processes[1].process.send_signal(signal.SIGKILL)  # type: ignore[attr-defined]
+    crew.processes[1].process.wait()  # type: ignore[attr-defined]
+    assert crew.tend(0) and list(crew.processes) == [0]
+    assert re.search(told, said[-1])
+    crew.dismiss()
 
 
 def test_workers_that_stop_by_themselves_are_not_replaced(

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nasattn.report.drawing import BLUE, GREEN, GREY, VERMILION, empty_figure, scale_axis, wrapped
-from nasattn.search.final_text import judged_on, notes, shown
+from nasattn.search.final_text import clipped, judged_on, notes
 from nasattn.search.study import Study
 
 Row = Mapping[str, Any]
@@ -88,7 +88,7 @@ def _intervals(
         return
     sure = all(r[split]["n"] > 1 for r in rows)
     below, above = (
-        [100 * abs(shown(r[split])[i] - r[split]["mean"]) for r in rows] for i in (0, 1)
+        [100 * abs(clipped(r[split])[i] - r[split]["mean"]) for r in rows] for i in (0, 1)
     )
     axes.errorbar(
         [r["cost"][metric] + shift for r in rows],

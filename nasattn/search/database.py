@@ -61,7 +61,7 @@ def connect(storage: str) -> RDBStorage:
                 )
             elif path and path.exists() and shutil.disk_usage(path).free < ROOM:
                 reason += "; its disk is full"
-            raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from None
+            raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from error
         except ImportError as error:
             raise UserError(
                 f"the database {shown(storage)} needs a driver: {error}; "

@@ -1,21 +1,12 @@
 """What a person sees while a search runs: a live panel on a terminal, plain lines elsewhere."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -49,52 +40,6 @@ def sparkline(values: Sequence[float]) -> str:
 def bar(share: float, width: int) -> Text:
     full = round(width * min(1.0, max(0.0, share)))
     return Text("━" * full, style="green") + Text("━" * (width - full), style="grey37")
-
-
-@contextmanager
-def progress(console: Console, text: str) -> Iterator[Callable[[float, float | None], None]]:
-    """A bar for one training; what it yields takes the share done and the last accuracy."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[last]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(text, total=1.0, last="")
-
-        def tick(share: float, accuracy: float | None) -> None:
-            last = "" if accuracy is None else f"accuracy {accuracy:.4f}"
-            bar.update(task, completed=share, last=last)
-
-        yield tick
-
-
-@contextmanager
-def counting(text: str) -> Iterator[Callable[[float, int, float], None]]:
-    """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
-    many are done, of how many, and the noise."""
-    console, told = Console(stderr=True), -1
-    with Progress(
-        TextColumn("{task.description}  {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
-        TextColumn("noise {task.fields[noise]:.0%}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(text, total=None, noise=0.0)
-
-        def tell(done: float, total: int, noise: float) -> None:
-            nonlocal told
-            bar.update(task, completed=done, total=total, noise=noise)
-            if not console.is_terminal and int(10 * done / total) > told:
-                told = int(10 * done / total)
-                print(f"{text}  {done:.0f}/{total}  noise {noise:.0%}", file=sys.stderr)
-
-        yield tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +147,8 @@ class Display:
 
     def summary(self) -> str:
         """On one line."""
-        scored = [accuracy(t) for t in self.trials if t.score]
-        parts = [f"best {max(scored):.4f}" if scored else "best -"]
+        front = self.study.frontier(self.trials) if self.study else []
+        parts = [f"best {accuracy(front[-1]):.4f}" if front else "best -"]
         if self.study and (volume := self.study.hypervolume(self.trials)) is not None:
             parts.append(f"hypervolume {volume:.4f}")
         parts.append(f"{self.refused} refused over budget or max_blocks")

@@ -177,7 +177,8 @@ def _row(
     """What is known of a contender; `raw` holds its accuracies by split and seed."""
     found = table[contender.architecture.key]
     trial, present = contender.trial, [e for e in found if e]
-    cost = trial.cost if trial else present[0].cost if present else Cost(values={})
+    costs = [trial.cost] if trial else [e.cost for e in present if e.cost.values]
+    cost = costs[0] if costs else Cost(values={})  # a control's that has failed is not known
     return {
         "number": trial.number if trial else None,
         "key": contender.architecture.key,

@@ -93,12 +93,12 @@ def interval(estimate: Mapping[str, Any] | None, seeds: int, sign: str = "") -> 
         return "-"
     text = f"{estimate['mean']:{sign}.4f}"
     if estimate["low"] is not None:
-        low, high = (estimate["low"], estimate["high"]) if sign else shown(estimate)
+        low, high = (estimate["low"], estimate["high"]) if sign else clipped(estimate)
         text += f" [{low:{sign}.4f}, {high:{sign}.4f}]"
     return text if estimate["n"] == seeds else f"{text} (n={estimate['n']})"
 
 
-def shown(accuracy: Mapping[str, Any]) -> tuple[float, float]:
+def clipped(accuracy: Mapping[str, Any]) -> tuple[float, float]:
     """The ends of an accuracy's interval, as far as there are accuracies."""
     mean = accuracy["mean"]
     low, high = (mean if end is None else end for end in (accuracy["low"], accuracy["high"]))

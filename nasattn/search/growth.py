@@ -16,7 +16,7 @@ from optuna.distributions import (
     json_to_distribution,
 )
 from optuna.storages._rdb import models
-from sqlalchemy import Connection, Engine, and_, case, exists, insert, literal, select, update
+from sqlalchemy import Connection, Engine, and_, case, insert, literal, select, update
 
 from nasattn.errors import UserError, first_few
 from nasattn.record import counted
@@ -85,15 +85,13 @@ def grow(engine: Engine, study: int, attribute: str, old: Facts, new: Facts) -> 
         if json.loads(connection.scalars(select(facts.value_json).where(here)).one()) != old:
             raise UserError("the study was changed by another process just now: try again")
         for site, specs in new["choices"].items():
-            _widen(connection, study, attribute, site, specs)
+            _widen(connection, study, site, specs)
         connection.execute(update(facts).where(here).values(value_json=json.dumps(new)))
 
 
-def _widen(
-    connection: Connection, study: int, attribute: str, site: str, specs: Sequence[str]
-) -> None:
+def _widen(connection: Connection, study: int, site: str, specs: Sequence[str]) -> None:
     """Give a parameter new choices in all trials; where it is new, each trial has none there."""
-    row, trial, mark = models.TrialParamModel, models.TrialModel, models.TrialUserAttributeModel
+    row, trial = models.TrialParamModel, models.TrialModel
     text = distribution_to_json(CategoricalDistribution(specs))
     ours = select(trial.trial_id).where(trial.study_id == study)
     here = and_(row.param_name == site, row.trial_id.in_(ours))
@@ -108,10 +106,9 @@ def _widen(
             .values(param_value=case(moved, value=row.param_value), distribution_json=text)
         )
     if not texts:
-        whole = exists().where(mark.trial_id == trial.trial_id, mark.key == attribute)
         columns = trial.trial_id, literal(site), literal(0.0), literal(text)
         names = ["trial_id", "param_name", "param_value", "distribution_json"]
-        added = select(*columns).where(trial.study_id == study, whole)
+        added = select(*columns).where(trial.study_id == study)
         connection.execute(insert(row).from_select(names, added))
 
 

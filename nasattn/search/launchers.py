@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from nasattn.config import TrainerFile
+from nasattn.errors import Stopped
 from nasattn.evaluate import on_cuda
 from nasattn.search.lease import PARENT
+from nasattn.search.outage import full, full_disk
 
 STORAGE = "NASATTN_STORAGE"  # the variable with the database's URL
 
@@ -77,9 +79,14 @@ class Local:
     ) -> "LocalProcess":
         if self.devices:
             env = {**env, "CUDA_VISIBLE_DEVICES": self.devices[index % len(self.devices)]}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            return LocalProcess(spawn(command, file, env, self.trainer.threads))
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                return LocalProcess(spawn(command, file, env, self.trainer.threads))
+        except OSError as error:  # no memory left, or no process
+            if full(error):
+                raise full_disk(error) from error
+            raise Stopped(f"worker {index} cannot be started: {error}") from error
 
 
 class LocalProcess:

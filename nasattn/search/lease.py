@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
+from nasattn.search.outage import patiently
 from nasattn.search.rows import READS
 
 BEAT = 3.0  # seconds between beats
@@ -100,17 +101,18 @@ def trial_lease(number: int) -> str:
 
 
 class Heartbeats:
-    """Tells dead workers from live ones by what one observer has seen of their beats."""
+    """Tells dead workers from live ones by what one observer, who looks again after `every` seconds
+    or earlier, has seen of their beats."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, every: float = 0.0) -> None:
+        self.clock, self.blind = clock, BLIND + every
         self._seen: dict[str, tuple[int, float]] = {}  # owner -> its beat, and since when
         self._looked = float("-inf")
 
     def look(self, leases: Iterable[Lease]) -> None:
         """Take note of all workers' beats."""
         now = self.clock()
-        known = self._seen if now - self._looked <= BLIND else {}
+        known = self._seen if now - self._looked <= self.blind else {}
         fresh = {}
         for lease in leases:
             if lease.name.startswith(WORKER):
@@ -134,8 +136,15 @@ class Leases:
     leases that are not needed any more; they are given back with the next turn.
     """
 
-    def __init__(self, engine: Engine, study: str, beats: Heartbeats | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        study: str,
+        beats: Heartbeats | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.engine, self.study, self.beats = engine, study, beats or Heartbeats()
+        self.note = note
         self.me, self._here = uuid.uuid4().hex, {"here": study}
         self.doing: dict[str, Any] = {}
         self.ended: set[str] = set()
@@ -145,8 +154,8 @@ class Leases:
         self._rng = random.Random(self.me)
 
     def __enter__(self) -> "Leases":
-        create_table(self.engine)
-        self.renew()
+        patiently(lambda: create_table(self.engine), self.note)
+        patiently(self.renew, self.note)
         self._thread.start()
         return self
 
@@ -168,15 +177,14 @@ class Leases:
         """One beat, and a look at those of the others."""
         with self.engine.begin() as connection:
             self._show(connection)
-            leases = self._read(connection)
+            leases = _read(connection, self.study)
         # Only a look that a beat of one's own came with counts: who cannot write would else take
         # all for dead that cannot write either.
         self.beats.look(leases)
 
     def table(self) -> dict[str, Lease]:
         """All leases of the study, by name."""
-        with self.engine.connect().execution_options(**READS) as connection:
-            return {lease.name: lease for lease in self._read(connection)}
+        return {lease.name: lease for lease in _table(self.engine, self.study)}
 
     def dead(self, owner: str, table: Mapping[str, Lease]) -> bool:
         return owner != self.me and self.beats.dead(table.get(WORKER + owner))
@@ -232,9 +240,15 @@ class Leases:
             pause = min(1.5 * pause, longest)
         try:
             yield
-        finally:
-            self.release(TURN, *self.ended)
-            self.ended.clear()
+        except BaseException:
+            with suppress(SQLAlchemyError):  # or Ctrl-C would be taken for a database that is gone
+                self._end_turn()
+            raise
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        self.release(TURN, *self.ended)
+        self.ended.clear()
 
     def _show(self, connection: Connection) -> None:
         facts, name = json.dumps(self._who | self.doing), WORKER + self.me
@@ -242,10 +256,6 @@ class Leases:
         if connection.execute(BEATS, beat).rowcount == 0:  # the first one, or it was taken for dead
             row = {"study": self.study, "name": name, "owner": self.me, "beat": 0, "facts": facts}
             connection.execute(insert(TABLE).values(row))
-
-    def _read(self, connection: Connection) -> list[Lease]:
-        rows = connection.execute(LEASES, self._here)
-        return [Lease(name, owner, beat, json.loads(facts)) for name, owner, beat, facts in rows]
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
@@ -267,12 +277,22 @@ def create_table(engine: Engine, table: Table = TABLE) -> None:
             raise
 
 
+def _table(engine: Engine, study: str) -> list[Lease]:
+    with engine.connect().execution_options(**READS) as connection:
+        return _read(connection, study)
+
+
+def _read(connection: Connection, study: str) -> list[Lease]:
+    rows = connection.execute(LEASES, {"here": study})
+    return [Lease(name, owner, beat, json.loads(facts)) for name, owner, beat, facts in rows]
+
+
 def workers(engine: Engine, study: str, beats: Heartbeats | None = None) -> list[Lease]:
     """The live workers of a study, as far as one look tells, or what was seen of them before."""
     if not inspect(engine).has_table(TABLE.name):
         return []
-    beats, reader = beats or Heartbeats(), Leases(engine, study)
-    found = [lease for lease in reader.table().values() if lease.name.startswith(WORKER)]
+    beats = beats or Heartbeats()
+    found = [lease for lease in _table(engine, study) if lease.name.startswith(WORKER)]
     beats.look(found)
     return [lease for lease in found if not beats.dead(lease)]
 

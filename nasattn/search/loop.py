@@ -131,10 +131,10 @@ class Search:
         note(f"to be tried again: {counted(len(trials), 'trial')}{more} that failed")
 
     def _run(self, total: int) -> None:
-        to_train = finished(self.study.trials) < total or self.study.promotable()
+        to_train = self.to_train(total)
         if to_train:
             self.announce(total)
-        self.display.begin(self.study, total)
+        patiently(lambda: self.display.begin(self.study, total), self.display.note)
         if to_train:
             self._have_backbone()
         running = True
@@ -153,11 +153,14 @@ class Search:
         patiently(partial(self.study.trouble, text), self.display.note)
 
     def _leases(self) -> Leases:
-        return Leases(self.study.engine, self.study.name)
+        return Leases(self.study.engine, self.study.name, note=self.display.note)
 
     def plan(self, total: int | None) -> int:
         """How many trials the study can have, of so many; stored with `final`, `artifacts` and the
         loaders, so that a bare `resume` (None) goes on to it, and stores nothing."""
+        return patiently(lambda: self._planned(total), self.display.note)
+
+    def _planned(self, total: int | None) -> int:
         self.study.refresh()  # another may have changed them since they were read
         count, asked = self.candidates.count(), total or self.study.config.search.trials
         number = max(asked if count is None else min(asked, count), len(self.study.rows()))
@@ -182,9 +185,17 @@ class Search:
             self.study.refresh()
         return number
 
+    def to_train(self, total: int) -> bool:
+        """Whether trials are left to be trained; else it is only the final that may be."""
+        study = self.study
+        return patiently(
+            lambda: finished(study.trials) < total or bool(study.promotable()), self.display.note
+        )
+
     def announce(self, total: int, workers: int = 1) -> None:
         """Say what is searched, and about how long it will take."""
-        space, note, trials = self.space, self.display.note, self.study.trials
+        space, note = self.space, self.display.note
+        trials = patiently(lambda: self.study.trials, note)
         done, count = finished(trials), self.candidates.count()
         for text in self.data.notes:
             note(text)
@@ -246,7 +257,8 @@ class Search:
             self.stopping,
             self.display.note,
         )
-        ended, waits = None, False  # type: int | None, bool
+        ended: int | None = None
+        waits = False
         while True:
             turn = self._turn(slots)
             if ended is not None:

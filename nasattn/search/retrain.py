@@ -21,7 +21,7 @@ from nasattn.search.study import Study
 from nasattn.seed import derive
 from nasattn.skeleton import in_words
 
-Job = tuple[Contender, int]  # and its seed
+Entry = tuple[Contender, int]  # one of the table to fill in: who, and by which seed
 
 WAIT = 0.5  # seconds between two looks at what the other workers do
 
@@ -72,7 +72,7 @@ class Retraining:
             waits = job is None
             time.sleep(WAIT * waits)
 
-    def _left(self) -> list[Job]:
+    def _left(self) -> list[Entry]:
         final, stored = self.final, self._stored()
         return [
             (contender, seed)
@@ -89,7 +89,7 @@ class Retraining:
         attributes = patiently(lambda: self.study.optuna.user_attrs, self.display.note)
         return evaluations(attributes)
 
-    def _claim(self, left: Sequence[Job]) -> Job | None:
+    def _claim(self, left: Sequence[Entry]) -> Entry | None:
         """The first that is free, now this worker's; None when others are at all of them."""
         for seed in dict.fromkeys(seed for _, seed in left):
             if not self._have_backbone(seed, [c for c, s in left if s == seed]):
@@ -131,8 +131,7 @@ class Retraining:
             for contender in todo:
                 why = f"the plain backbone could not be trained: {error}"
                 self._store(_blank(contender, seed, why))
-        finally:
-            self._release(name)
+        self._release(name)
         return evaluator.stored
 
     def _evaluate(self, contender: Contender, seed: int) -> None:

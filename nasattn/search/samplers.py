@@ -203,4 +203,4 @@ def seen_rows(study: Study, space: Mapping[str, Any]) -> set[Key]:
     return {tuple(map(params.__getitem__, space)) for params in rows if len(params) == len(space)}
 
 
-__all__ = ["SAMPLERS", "Exhausted", "FrontierSampler", "Gate", "Snapshot", "seen_rows"]
+__all__ = ["SAMPLERS", "Exhausted", "FrontierSampler", "Gate", "Snapshot"]

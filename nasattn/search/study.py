@@ -275,7 +275,7 @@ class Study:
         """How far the study is, as plain data."""
         trials, halving = self.trials, ParetoHalving.of(self.config)
         states = [t.state for t in trials]
-        scored = [accuracy(t) for t in trials if t.score]
+        frontier = self.frontier(trials)
         return {
             "study": self.name,
             "finished": finished(trials),
@@ -283,9 +283,9 @@ class Study:
             **{state: states.count(state) for state in STATES.values()},
             "epochs": sum(t.known.epochs for t in trials if t.known),
             "architectures": int(self.facts["size"]),
-            "best": max(scored, default=None),
+            "best": accuracy(frontier[-1]) if frontier else None,
             "hypervolume": self.hypervolume(trials),
-            "frontier": [t.number for t in self.frontier(trials)],
+            "frontier": [t.number for t in frontier],
             "final": self.final(trials),
             "halving": halving.notes(trials, self.asked) if halving else [],
             "remarks": self.remarks() + self.troubles(),

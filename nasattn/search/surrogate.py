@@ -18,6 +18,7 @@ Floats = NDArray[np.floating[Any]]
 FITTED = 200  # rows the linear stand-in is fitted to
 TUNED = 100  # rows the hyperparameters are chosen on
 ROUNDS = 3  # of the parameters' weights
+ROUNDED = 1e-9  # of the largest value: what differs by less is equal but for rounding
 BOXED = 2_000_000  # boxes times candidates looked at together
 Shortfall = Callable[[Floats], Floats]  # thresholds (k,) -> expected max(0, t - value), (k, n)
 
@@ -138,6 +139,7 @@ class GaussianProcess:
     def __init__(self, inputs: Inputs, values: Floats) -> None:
         self.inputs = inputs
         spread = float(np.median(values) - values.min()) or float(np.ptp(values)) or 1.0
+        spread = max(spread, ROUNDED * float(np.abs(values).max()))
         self.floor = float(values.min()) - self.MARGIN * spread
         self.targets = np.log(values - self.floor)
         self.mean = float(self.targets.mean())

@@ -17,9 +17,9 @@ class Follower:
     """Shows a study's progress and all of its workers on a display, which each `look` brings up to
     date. It writes nothing."""
 
-    def __init__(self, study: Study, display: Display) -> None:
+    def __init__(self, study: Study, display: Display, every: float = 0.0) -> None:
         self.study, self.display = study, display
-        self._beats = Heartbeats()
+        self._beats = Heartbeats(every=every)
         self._states: dict[int, str] = {}
         self._workers: set[str] | None = None
         self._remarks: set[str] = set()
@@ -101,7 +101,7 @@ def described(facts: Sequence[Mapping[str, Any]]) -> list[Worker]:
 
 def watch(study: Study, display: Display, interval: float) -> None:
     """Follow the study until it is complete, or until Ctrl-C."""
-    follower = Follower(study, display)
+    follower = Follower(study, display, interval)
 
     def look() -> bool:
         return patiently(follower.look, display.note)

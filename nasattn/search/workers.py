@@ -17,7 +17,7 @@ from nasattn.search.loop import Search
 from nasattn.search.outage import gone, patiently
 from nasattn.search.ray_launcher import Ray
 from nasattn.search.slurm_launcher import Slurm, read_options
-from nasattn.search.study import Study, finished
+from nasattn.search.study import Study
 from nasattn.search.watch import Follower
 
 LOOK = 0.5  # seconds between two looks at the processes and the database
@@ -164,9 +164,9 @@ def search_with(
     total = search.plan(trials)
     if retry:
         search.retry()
-    if study.over(total):
+    if patiently(lambda: study.over(total), display.note):
         return search.run(trials)
-    if finished(study.trials) < total or study.promotable():
+    if search.to_train(total):
         search.announce(total, count)
     elif counts := study.final_progress(study.trials):
         left = counts["evaluations"] - counts["done"]

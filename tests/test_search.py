@@ -51,7 +51,7 @@ from nasattn.search.database import sqlite_path
 from nasattn.search.display import Display
 from nasattn.search.launchers import STORAGE
 from nasattn.search.loop import Search, weights_of_trial
-from nasattn.search.opening import find_study
+from nasattn.search.opening import claim_folder, find_study
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
 from nasattn.search.study import FACTS, Study
@@ -655,6 +655,17 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def test_a_name_that_the_output_cannot_encode_is_escaped(
+    write: Write, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (photos / "0").rename(photos / ":smile: ü")
+    data = {"name": "image_folder", "root": str(photos)}
+    done = nasattn("search", write(data=data, space=SPACE | {"classes": 2}), "--trials", "1")
+    assert done.returncode == 0, done.stderr
+    assert "classes: 1, :smile: \\xfc" in done.stdout
+
+
 def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path) -> None:
     """Another list would be split otherwise: what was trained on would be judged by."""
     data = {"name": "image_folder", "root": str(photos)}
@@ -1000,6 +1011,47 @@ def test_a_database_that_is_locked_or_damaged_is_told_in_a_line(write: Write) ->
     for command in ("status", "pareto", "resume"):
         done = nasattn(command, "--storage", f"sqlite:///{damaged}", "--study", "tiny")
         refused(done, 1, "the database cannot be used: database disk image is malformed")
+
+
+def test_what_others_write_is_seen_whatever_was_looked_up(write: Write) -> None:
+    """A process that opens and closes the file by itself loses sqlite's locks on it: the next one
+    to leave the database deletes the log that this one still reads, and writes to."""
+    path = write()
+    study = by_formula(path, 2)
+    (study.folder / "0.safetensors").touch()
+    claim_folder(study.storage, study.name)
+    code = f"from nasattn import load_study; s = load_study('{study.storage}', '{study.name}')"
+    code += "; s.optuna.set_user_attr('told', 1)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert study.optuna.user_attrs["told"] == 1
+    study.optuna.set_user_attr("mine", 2)
+    assert load_study(study.storage, study.name).optuna.user_attrs["mine"] == 2
+
+
+def test_no_command_opens_the_database_but_by_sqlite(write: Write) -> None:
+    path = write(training={"epochs": 1, "batch_size": 32})
+    file, opened = f"{path.parent}/runs/tiny.db", list[str]()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]) == file:
+            opened.append(file)
+
+    sys.addaudithook(look)
+    path.parent.joinpath("runs").mkdir()
+    Path(file).touch()
+    Path(file).read_bytes()
+    assert opened, "the hook sees"
+    opened.clear()
+    for command in (
+        ["search", path, "--trials", 1],
+        ["search", path, "--trials", 1],
+        ["resume", "--trials", 2, "--storage", f"sqlite:///{file}", "--study", "tiny"],
+        ["search", path, "--trials", 1, "--new-study"],
+        *([name, path] for name in ("status", "pareto", "report", "gc")),
+        ["export", path, "--out", path.parent / "out"],
+    ):
+        said = CliRunner().invoke(cli.app, list(map(str, command)))
+        assert said.exit_code == 0 and not opened, (command, said.output)
 
 
 @pytest.mark.parametrize("way", ["file", "folder"])

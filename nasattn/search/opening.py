@@ -143,12 +143,16 @@ def _renamed(path: Path, name: str) -> Iterator[str]:
 
 
 def _holds(file: Path, name: str) -> bool:
-    """Whether a file is a sqlite database with a study of that name. It is only read."""
+    """Whether a file is a sqlite database with a study of that name. It is only read, and by sqlite
+    alone: to close a file takes a process's locks on it away, which sqlite holds for as long as it
+    has the database open; another process, which believes itself the last, then deletes the log
+    that is written to."""
     query = "SELECT 1 FROM studies WHERE study_name = ?"
-    with suppress(sqlite3.Error, OSError), file.open("rb") as head:
-        if head.read(16) == b"SQLite format 3\0":
-            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as base:
-                return base.execute(query, (name,)).fetchone() is not None
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as base,
+    ):
+        return base.execute(query, (name,)).fetchone() is not None
     return False
 
 

@@ -1,6 +1,7 @@
 """The command line: reads arguments, calls one function, prints. Nothing heavy at start."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -267,15 +268,15 @@ def train(
 
     from nasattn.architecture import Architecture
     from nasattn.evaluate.candidate import train_architecture
-    from nasattn.export import unexported
+    from nasattn.export import weights_path
     from nasattn.tables import progress
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     with progress(console, f"training {architecture.name}") as tick:
         figures = train_architecture(
             Architecture.load(architecture),
             _experiment(experiment),
-            out or unexported(Path("weights.safetensors")),
+            weights_path(out),
             epochs=epochs,
             on_test=test,
             tick=tick,
@@ -541,6 +542,8 @@ def main() -> None:
     # Read at the first product on a GPU: what evaluate.device asks for.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # none where the caller closed it
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name, and so a class's, may be any
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             app(standalone_mode=True)

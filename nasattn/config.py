@@ -213,7 +213,7 @@ class Search(Strict):
     workers: Positive = 1
     population: Annotated[Int, Field(ge=2)] | None = None
     stopping: Literal["none", "pareto_halving"] = "none"
-    eta: Annotated[Float, Field(gt=1)] = 8.0
+    eta: Annotated[Float, Field(ge=1.1)] = 8.0
     rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples)] | None = None
 
     @model_validator(mode="after")
@@ -238,7 +238,7 @@ class TrainerFile(Strict):
     devices: int = 1
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     channels_last: bool = True
-    threads: Positive = 1
+    threads: Annotated[Int, Field(ge=1, le=1024)] = 1
 
     @field_validator("devices")
     @classmethod

@@ -20,7 +20,7 @@ from nasattn import __version__
 from nasattn.config import ImageFolder
 from nasattn.data.image_folder import MARGIN, normalisation
 from nasattn.document import dump_yaml
-from nasattn.errors import UserError
+from nasattn.errors import UserError, first_few
 from nasattn.files import make_folder
 from nasattn.model import build
 from nasattn.record import Trial, amount, counted
@@ -28,6 +28,7 @@ from nasattn.search.final_text import interval, judged_on
 from nasattn.search.study import Study
 from nasattn.skeleton import changes
 
+FILES = "architecture.yaml", "weights.safetensors", "model.onnx", "README.md"
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
 BATCHES = (1, 3)
 INSTALL = "pip install 'nasattn[export]'"
@@ -39,7 +40,8 @@ class ExportRefused(Exception):
 
 
 def check_export(out: Path) -> None:
-    """Raise a UserError where an export to the folder `out` cannot succeed, and leave no trace."""
+    """Raise a UserError where an export to the folder `out` cannot succeed, or would replace files
+    that are no export's, and leave no trace."""
     missing = [n for n in ("onnx", "onnxruntime", "onnxscript") if find_spec(n) is None]
     if missing:
         names = ", ".join(missing)
@@ -47,6 +49,12 @@ def check_export(out: Path) -> None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(f"--out: {there} is a file; allowed: a folder")
+    theirs = [name for name in FILES if (out / name).exists()]
+    if theirs and not _exported(out / "weights.safetensors"):
+        raise UserError(
+            f"--out: the export would replace {first_few(theirs)} in {out}, where no export has "
+            "been; allowed: a folder without such files, or one that an export was written to"
+        )
     try:
         tempfile.TemporaryDirectory(dir=there, prefix=".export-").cleanup()
     except OSError as error:
@@ -54,7 +62,7 @@ def check_export(out: Path) -> None:
 
 
 def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out: Path) -> str:
-    """Write architecture.yaml, weights.safetensors, model.onnx and README.md into the folder `out`.
+    """Write FILES into the folder `out`.
 
     Returns what a person should know of them. An error leaves `out` as it was, and files of other
     names are never touched. Raises ExportRefused as `export_onnx` does.
@@ -80,15 +88,31 @@ def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out:
     return f"exported trial {trial.number} to {out}: {names}\nmodel.onnx: {parity}"
 
 
-def unexported(weights: Path) -> Path:
-    """The path of new weights that nobody has named; a UserError where `export` has written it."""
-    with contextlib.suppress(OSError, SafetensorError), safe_open(weights, "pt") as file:
-        if "accuracy" in (file.metadata() or {}):
-            raise UserError(
-                f"{weights} is an export's, whose other files tell of it; --out FILE says where "
-                "the new weights go"
-            )
-    return weights
+def weights_path(named: Path | None) -> Path:
+    """Where new weights go. A UserError where they would replace an export's that nobody has named,
+    or a file of another kind."""
+    path = named or Path("weights.safetensors")
+    if named is None and _exported(path):
+        raise UserError(
+            f"{path} is an export's, whose other files tell of it; --out FILE says where the new "
+            "weights go"
+        )
+    if path.is_file() and path.stat().st_size and _facts(path) is None:
+        raise UserError(f"--out: {path} is there and holds no weights; allowed: another name")
+    return path
+
+
+def _exported(weights: Path) -> bool:
+    return "accuracy" in (_facts(weights) or {})
+
+
+def _facts(weights: Path) -> dict[str, str] | None:
+    """What stands with weights; None where there are none."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return None
 
 
 def export_onnx(

@@ -65,7 +65,9 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"{path}: cannot be imported: {error}") from None
+        stem = module_name.removesuffix(".py")
+        near = f"; did you mean '{stem.replace('/', '.')}:{name}'?" if stem != module_name else ""
+        raise UserError(f"{path}: cannot be imported: {error}{near}") from None
     finally:
         sys.path.pop(0)
     found = getattr(module, name, None)

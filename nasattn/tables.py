@@ -138,7 +138,9 @@ def print_blocks(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def console() -> Console:
     # A file or a pipe has no width: lines there are as long as they need to be.
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+    if sys.stdout.isatty():
+        return Console(emoji=False)
+    return Console(emoji=False, width=200, soft_wrap=True)
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def progress(console: Console, text: str) -> Iterator[Callable[[float, float | N
 def counting(text: str) -> Iterator[Callable[[float, int, float], None]]:
     """A bar on standard error, a line a tenth where that is no terminal. What it yields takes how
     many are done, of how many, and the noise."""
-    console, told = Console(stderr=True), -1
+    console, told = Console(stderr=True, emoji=False), -1
     with Progress(
         TextColumn("{task.description}  {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(),

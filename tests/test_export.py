@@ -23,7 +23,7 @@ from nasattn.cli import app
 from nasattn.config import ImageFolder
 from nasattn.data import load
 from nasattn.errors import UserError
-from nasattn.export import ExportRefused, check_export, export_trial
+from nasattn.export import ExportRefused, check_export, export_trial, weights_path
 from nasattn.record import Trial
 from nasattn.search.opening import load_study
 from nasattn.search.study import Study
@@ -215,6 +215,22 @@ def test_other_files_stay_and_nothing_else_is_left(exported: Exported) -> None:
     assert sorted(p.name for p in exported.folder.iterdir()) == sorted([*NAMES, "notes.txt"])
     assert (exported.folder / "notes.txt").read_text() == "mine"
     assert "largest difference from eager" in exported.text
+
+
+def test_files_of_a_person_are_not_replaced(exported: Exported, tmp_path: Path) -> None:
+    check_export(exported.folder)
+    mine = tmp_path / "architecture.yaml"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"^--out: the export would replace architecture\.yaml in "):
+        check_export(tmp_path)
+    for folder in (exported.folder, tmp_path):
+        with pytest.raises(UserError, match=r"architecture\.yaml is there and holds no weights"):
+            weights_path(folder / "architecture.yaml")
+    assert mine.read_text() == "mine"
+    weights = exported.folder / "weights.safetensors"
+    (tmp_path / "empty").touch()
+    for path in (weights, tmp_path / "empty", tmp_path / "new"):
+        assert weights_path(path) == path
 
 
 def test_no_path_of_this_machine_is_in_the_files(exported: Exported) -> None:

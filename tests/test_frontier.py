@@ -360,6 +360,12 @@ def test_a_constant_objective_is_survived(constant: float) -> None:
     assert len(set(keys(study))) == START + 5
 
 
+@pytest.mark.parametrize("costs", [None, cost, {True: cost}, {"1": cost}])
+def test_costs_that_are_not_by_objective_are_refused(costs: Any) -> None:
+    with pytest.raises(ValueError, match=r"^costs: got .* allowed: "):
+        FrontierSampler(costs)
+
+
 def test_values_that_differ_by_their_rounding_alone_are_survived() -> None:
     study, values = study_of(FrontierSampler({1: cost}, space=SPACE)), [0.3, 0.1 + 0.2]
     study.optimize(lambda t: (values[t.number % 2], objective(t)[1]), n_trials=START + 5)

@@ -871,6 +871,21 @@ def test_two_trials_that_kill_end_no_crew(
     assert all("8 times" in t.reason for t in study.trials[3:5])
 
 
+@pytest.mark.parametrize(("count", "most"), [(5, 2), (2, 2)])
+def test_no_more_workers_start_than_trainings_are_to_come(
+    write: Write, monkeypatch: pytest.MonkeyPatch, count: int, most: int
+) -> None:
+    path, said = write(), list[str]()
+    by_formula(path, 2)
+    monkeypatch.setattr(loop, "Evaluator", lambda *a: Formula())
+    display = Display(Console(quiet=True))
+    monkeypatch.setattr(display, "note", said.append)
+    launcher = Forks(path, 4, path.parent / "log", 0)
+    study = workers.search_with(Experiment.load(path), 4, count, display, launcher)
+    assert len(study.trials) == 4 and launcher.started == most
+    assert ("2 workers of 5: no more trainings are to come" in said) == (count > most)
+
+
 @pytest.mark.parametrize(
     ("number", "told"),
     [

@@ -445,8 +445,9 @@ def _check_cover(splits: Mapping[str, Files], names: Sequence[str], root: Path) 
         if absent and part == "train":
             raise UserError(
                 f"data.root: {root} leaves no image to train on for the class {shown}; add images "
-                "(of few, the splits that are drawn by the seed may take all), or delete the "
-                "folder and lower classes in the space"
+                "(of few, the splits that are drawn by the seed may take all; folders train, val "
+                "and test are taken as they are), or delete the folder and lower classes in the "
+                "space"
             )
         if not files:
             raise UserError(f"data.root: {root} has no image for the split {part}")

@@ -69,7 +69,7 @@ class FrontierSampler(BaseSampler):
     first trial; else they are read from the study's trials, and the first trial, whose space nobody
     knows, is held to the constraints as far as they can be told from the parameters so far. draw:
     random feasible parameters, by an rng and at most so many (fewer, where each takes long), in
-    place of uniform draws that are tested.
+    place of uniform draws that are tested. Parameters with one option Optuna answers by itself.
 
     No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left, or
     nothing was found in a space too large to be listed. Before a first trial is complete the space
@@ -86,7 +86,10 @@ class FrontierSampler(BaseSampler):
         space: Mapping[str, CategoricalDistribution] | None = None,
         draw: Draw | None = None,
     ) -> None:
-        if odd := [index for index in costs if not isinstance(index, (int, np.integer))]:
+        if not isinstance(costs, Mapping):
+            raise ValueError(f"costs: got {costs!r}; allowed: a dict of functions by objective")
+        numbers = (int, np.integer)
+        if odd := [i for i in costs if isinstance(i, bool) or not isinstance(i, numbers)]:
             raise ValueError(f"costs: got the key {odd[0]!r}; allowed: indices of objectives")
         given = [constraints] if callable(constraints) else constraints or []
         if not isinstance(given, Sequence) or not all(map(callable, [*given, *costs.values()])):

@@ -165,7 +165,7 @@ class Slots:
                 if killed and self._died(row, trial):
                     given_up = True
                     continue
-                self.note(f"going on with what was interrupted: trial {trial.number}")
+                self.note(f"going on with trial {trial.number}")
                 found = Job(row._trial_id, trial, row.user_attrs.get(TOKEN, ""))
         return found, others, given_up
 

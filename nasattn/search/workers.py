@@ -17,7 +17,7 @@ from nasattn.search.loop import Search
 from nasattn.search.outage import gone, patiently
 from nasattn.search.ray_launcher import Ray
 from nasattn.search.slurm_launcher import Slurm, read_options
-from nasattn.search.study import Study
+from nasattn.search.study import Study, finished
 from nasattn.search.watch import Follower
 
 LOOK = 0.5  # seconds between two looks at the processes and the database
@@ -167,6 +167,10 @@ def search_with(
     if patiently(lambda: study.over(total), display.note):
         return search.run(trials)
     if search.to_train(total):
+        most = total - finished(study.trials)
+        if count > most and not search.stopping and not experiment.final:
+            display.note(f"{counted(most, 'worker')} of {count}: no more trainings are to come")
+            count = most
         search.announce(total, count)
     elif counts := study.final_progress(study.trials):
         left = counts["evaluations"] - counts["done"]

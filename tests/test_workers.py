@@ -44,6 +44,9 @@ from nasattn.space import SearchSpace
 
 __all__ = ["write"]
 FORK = multiprocessing.get_context("fork")
+# A process whose first backward pass comes after an export of ONNX starts threads for autograd, and
+# its forks cannot train any more.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 
 def url(path: Path) -> str:

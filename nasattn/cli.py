@@ -386,7 +386,8 @@ def _search(
         from nasattn.search.study import finished
 
         with _loading():
-            complete, done = found.complete(experiment, total), finished(found.trials)
+            complete = _patiently(lambda: found.complete(experiment, total))
+            done = _patiently(lambda: finished(found.trials))
         bare = launcher == "local" and not options  # others are checked all the same
         if complete and bare and not retry:
             claim_folder(found.storage, found.name)
@@ -428,7 +429,7 @@ def _search(
     except KeyboardInterrupt:
         print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(1) from None
-    print_results(study)
+    _patiently(lambda: print_results(study))
 
 
 def _renew(experiment: "Experiment") -> "NoReturn":
@@ -520,8 +521,8 @@ def _study(experiment: Path | None, storage: str | None, name: str | None) -> "S
 
 
 def _patiently(step: "Callable[[], T]") -> "T":
-    """A step of a start. A person hears at once of a database that is away; a worker, who may come
-    in a killed one's place, waits for it."""
+    """A step before or after the search. A person hears at once of a database that is away; a
+    worker, who may come in a killed one's place, waits for it."""
     from nasattn.search.lease import PARENT
     from nasattn.search.outage import patiently
 

@@ -213,7 +213,7 @@ class Search(Strict):
     workers: Positive = 1
     population: Annotated[Int, Field(ge=2)] | None = None
     stopping: Literal["none", "pareto_halving"] = "none"
-    eta: Annotated[Float, Field(ge=1.1)] = 8.0
+    eta: Annotated[Float, Field(gt=1)] = 8.0
     rungs: Annotated[tuple[Positive, ...], BeforeValidator(tuples)] | None = None
 
     @model_validator(mode="after")
@@ -366,6 +366,10 @@ class Experiment(Strict):
                     f"search.rungs: got {list(search.rungs)}; allowed: two or more, increasing, "
                     f"the last one training.epochs ({training.epochs})"
                 )
+        elif stops and search.eta < 1.1:
+            raise ValueError(
+                f"search.eta: got {search.eta:g}, by which nothing is halved; allowed: from 1.1"
+            )
         if stops and len(self.rungs) < 2:
             raise ValueError(
                 f"training.epochs: got {training.epochs}, before which search.stopping has no "

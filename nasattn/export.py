@@ -50,7 +50,7 @@ def check_export(out: Path) -> None:
     if not there.is_dir():
         raise UserError(f"--out: {there} is a file; allowed: a folder")
     theirs = [name for name in FILES if (out / name).exists()]
-    if theirs and not _exported(out / "weights.safetensors"):
+    if theirs and not _exported(out):
         raise UserError(
             f"--out: the export would replace {first_few(theirs)} in {out}, where no export has "
             "been; allowed: a folder without such files, or one that an export was written to"
@@ -92,7 +92,7 @@ def weights_path(named: Path | None) -> Path:
     """Where new weights go. A UserError where they would replace an export's that nobody has named,
     or a file of another kind."""
     path = named or Path("weights.safetensors")
-    if named is None and _exported(path):
+    if named is None and "accuracy" in (_facts(path) or {}):
         raise UserError(
             f"{path} is an export's, whose other files tell of it; --out FILE says where the new "
             "weights go"
@@ -102,8 +102,11 @@ def weights_path(named: Path | None) -> Path:
     return path
 
 
-def _exported(weights: Path) -> bool:
-    return "accuracy" in (_facts(weights) or {})
+def _exported(folder: Path) -> bool:
+    """By the file that is written first and that nothing else replaces."""
+    with contextlib.suppress(OSError):
+        return OURS.encode() in (folder / "README.md").read_bytes()
+    return False
 
 
 def _facts(weights: Path) -> dict[str, str] | None:
@@ -240,6 +243,7 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
     # Where the images lie on the machine that trained is nobody else's business.
     data = study.config.data.model_dump(mode="json", exclude={"root"}, exclude_none=True)
     return README.format(
+        ours=OURS,
         study=study.name,
         number=trial.number,
         key=architecture.key,
@@ -333,10 +337,11 @@ pixels = (pixels - np.float32({mean})) / np.float32({std})
 image = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 ```
 """
+OURS = "found by nasattn, with these blocks placed"
 README = """\
 # Trial {number} of {study}
 
-A `{backbone}` for {classes} classes, found by nasattn, with these blocks placed (key `{key}`):
+A `{backbone}` for {classes} classes, {ours} (key `{key}`):
 
 {blocks}
 

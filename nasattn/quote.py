@@ -61,12 +61,14 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
 
 def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
     module_name, _, name = path.partition(":")
+    if module_name.startswith("."):
+        raise UserError(f"{path}: allowed: a module's own name, such as networks.mine:make")
     sys.path.insert(0, "")  # as `python -m` does: the user's own code stands where they are
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        stem = module_name.removesuffix(".py")
-        near = f"; did you mean '{stem.replace('/', '.')}:{name}'?" if stem != module_name else ""
+        file = re.fullmatch(r"(\w+(?:/\w+)*)\.py", module_name)
+        near = f"; did you mean '{file[1].replace('/', '.')}:{name}'?" if file else ""
         raise UserError(f"{path}: cannot be imported: {error}{near}") from None
     finally:
         sys.path.pop(0)

@@ -16,14 +16,14 @@ import optuna
 import pytest
 from conftest import FakeStudy
 from optuna.trial import TrialState, create_trial
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from nasattn import load_study
 from nasattn.cli import main
 from nasattn.config import Experiment
 from nasattn.errors import UserError
-from nasattn.search import database
+from nasattn.search import database, outage
 from nasattn.search.database import connect
 from nasattn.search.opening import open_study
 from nasattn.search.rows import Database
@@ -145,6 +145,17 @@ def test_a_database_on_a_full_disk_is_told_so(
         )
         with pytest.raises(UserError, match=rf"cannot be used: [^;]*{told}$"):
             connect(f"sqlite:///{file}")
+
+
+def test_a_file_that_may_not_be_written_is_not_waited_for(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    connect(url)
+    engine = create_engine(f"sqlite:///file:{tmp_path}/x.db?mode=ro&uri=true")
+    with pytest.raises(OperationalError) as raised, engine.begin() as connection:
+        connection.execute(text("DELETE FROM studies"))
+    assert not outage.gone(raised.value)
+    assert outage.broken_database(raised.value) == "attempt to write a readonly database"
+    engine.dispose()
 
 
 def test_a_study_of_others_is_left_alone(storage: str) -> None:

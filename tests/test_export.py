@@ -227,6 +227,11 @@ def test_files_of_a_person_are_not_replaced(exported: Exported, tmp_path: Path) 
         with pytest.raises(UserError, match=r"architecture\.yaml is there and holds no weights"):
             weights_path(folder / "architecture.yaml")
     assert mine.read_text() == "mine"
+    (tmp_path / "README.md").write_text("# Trial and error\n")
+    with pytest.raises(UserError, match=r"would replace architecture\.yaml, README\.md in "):
+        check_export(tmp_path)
+    shutil.copy(exported.folder / "README.md", tmp_path)
+    check_export(tmp_path)
     weights = exported.folder / "weights.safetensors"
     (tmp_path / "empty").touch()
     for path in (weights, tmp_path / "empty", tmp_path / "new"):

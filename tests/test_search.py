@@ -45,7 +45,7 @@ from nasattn.model import build
 from nasattn.pareto import non_dominated
 from nasattn.pricing import Candidates
 from nasattn.record import Score
-from nasattn.search import frontier_space, loop, outage
+from nasattn.search import frontier_space, loop, opening, outage
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.database import sqlite_path
 from nasattn.search.display import Display
@@ -1026,6 +1026,28 @@ def test_what_others_write_is_seen_whatever_was_looked_up(write: Write) -> None:
     assert study.optuna.user_attrs["told"] == 1
     study.optuna.set_user_attr("mine", 2)
     assert load_study(study.storage, study.name).optuna.user_attrs["mine"] == 2
+
+
+def test_what_stands_beside_a_database_is_left_as_it_is(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sqlite does not know its own files for what they are, and would take its locks away too."""
+    study = by_formula(write(), 2)
+    file = Path(study.storage.removeprefix("sqlite:///"))
+    log = file.with_name("empty.db-wal")
+    log.write_text("mine")
+    file.with_name("empty.db").touch()
+    assert file.with_name("tiny.db-shm").exists()
+    connect, opened = sqlite3.connect, set[str]()
+
+    def connected(name: str, **options: Any) -> sqlite3.Connection:
+        opened.add(Path(name.split("?")[0]).name)
+        return connect(name, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connected)
+    assert list(opening._renamed(file.with_name("new.db"), "tiny")) == ["tiny.db"]
+    assert opened == {"tiny.db", "frontier.csv", "frontier.json"}
+    assert log.read_text() == "mine"
 
 
 def test_no_command_opens_the_database_but_by_sqlite(write: Write) -> None:

@@ -23,6 +23,7 @@ from nasattn.search import display as display_module
 from nasattn.search import outage
 from nasattn.search.display import REDRAW, Display, Worker, duration, sparkline
 from nasattn.search.final import Evaluation, contenders
+from nasattn.search.lease import BLIND, Heartbeats
 from nasattn.search.study import Study, accuracy
 from nasattn.search.watch import Follower, described, watch
 from nasattn.tables import print_summary
@@ -65,6 +66,20 @@ def panel(display: Display, width: int, height: int = 40) -> list[str]:
     with console.capture() as captured:
         console.print(display.panel())
     return captured.get().splitlines()
+
+
+def test_who_looks_seldom_is_not_taken_for_one_that_was_away(
+    whole: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[Heartbeats]()
+
+    def looked(self: Study, beats: Heartbeats) -> list[Any]:
+        made.append(beats)
+        return []
+
+    monkeypatch.setattr(Study, "workers", looked)
+    watch(whole, plain()[0], 3600.0)
+    assert {beats.blind for beats in made} == {3600 + BLIND}
 
 
 def test_each_trial_is_told_once_and_the_end_is_seen(whole: Study, running: Running) -> None:

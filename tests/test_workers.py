@@ -600,7 +600,7 @@ def test_ctrl_c_is_not_taken_for_an_outage(write: Write, monkeypatch: pytest.Mon
 
     search.evaluator = Formula()
     monkeypatch.setattr(search, "_publish", publish)
-    monkeypatch.setattr(outage, "pause", lambda seconds: None)
+    monkeypatch.setattr(outage, "PATIENCE", 1)
     with pytest.raises(KeyboardInterrupt):
         search.run(4)
     assert looks == [0, 1, 2]
@@ -874,18 +874,39 @@ def test_two_trials_that_kill_end_no_crew(
     assert all("8 times" in t.reason for t in study.trials[3:5])
 
 
-@pytest.mark.parametrize(("count", "most"), [(5, 2), (2, 2)])
+HALVED = {
+    "search": {"stopping": "pareto_halving"},
+    "training": {"epochs": 3, "schedule": "wsd", "batch_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "changes"),
+    [(5, 2, {}), (1, 1, {}), (3, 3, {"final": {"seeds": 1}}), (3, 3, HALVED)],
+)
 def test_no_more_workers_start_than_trainings_are_to_come(
-    write: Write, monkeypatch: pytest.MonkeyPatch, count: int, most: int
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    most: int,
+    changes: dict[str, Any],
 ) -> None:
-    path, said = write(), list[str]()
-    by_formula(path, 2)
+    """Of halving and of a final it is not known how many there will be."""
+    said, display = list[str](), Display(Console(quiet=True))
     monkeypatch.setattr(loop, "Evaluator", lambda *a: Formula())
-    display = Display(Console(quiet=True))
     monkeypatch.setattr(display, "note", said.append)
-    launcher = Forks(path, 4, path.parent / "log", 0)
-    study = workers.search_with(Experiment.load(path), 4, count, display, launcher)
-    assert len(study.trials) == 4 and launcher.started == most
+
+    class Failing:
+        started = 0
+
+        def start(self, *_: Any) -> ForkProcess:
+            self.started += 1
+            return ForkProcess(forked(lambda: os._exit(1)))
+
+    launcher = Failing()
+    with pytest.raises(Stopped, match="it left no message"):
+        workers.search_with(Experiment.load(write(**changes)), 2, count, display, launcher)
+    assert launcher.started == most
     assert ("2 workers of 5: no more trainings are to come" in said) == (count > most)
 
 

@@ -146,14 +146,23 @@ def _holds(file: Path, name: str) -> bool:
     """Whether a file is a sqlite database with a study of that name. It is only read, and by sqlite
     alone: to close a file takes a process's locks on it away, which sqlite holds for as long as it
     has the database open; another process, which believes itself the last, then deletes the log
-    that is written to."""
+    that is written to. Nor are sqlite's own files beside a database opened, of which it would not
+    know; and of an empty file it would delete the log."""
     query = "SELECT 1 FROM studies WHERE study_name = ?"
+    if file.name.endswith(("-wal", "-shm", "-journal")) or not _size(file):
+        return False
     with (
         suppress(sqlite3.Error),
         closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as base,
     ):
         return base.execute(query, (name,)).fetchone() is not None
     return False
+
+
+def _size(file: Path) -> int:
+    with suppress(OSError):
+        return file.stat().st_size
+    return 0
 
 
 def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str:

@@ -124,16 +124,21 @@ def gone(error: BaseException) -> bool:
     """Whether the error means that the database could not be reached or was locked, or that the
     artifact store could not be reached."""
     return any(
-        isinstance(e, (OperationalError, InterfaceError, StoreAway))
+        (isinstance(e, (OperationalError, InterfaceError, StoreAway)) and not _read_only(e))
         or (isinstance(e, DBAPIError) and e.connection_invalidated)
         for e in _causes(error)
     )
 
 
+def _read_only(error: BaseException) -> bool:
+    """Whether nothing may be written into a sqlite file, which waiting does not change."""
+    return getattr(getattr(error, "orig", None), "sqlite_errorname", "") == "SQLITE_READONLY"
+
+
 def broken_database(error: BaseException) -> str:
-    """What is wrong with a database that is gone, locked or damaged, in the driver's words; the
-    empty string for other errors: wrong SQL is our own."""
-    damaged = any(type(e) is DatabaseError for e in _causes(error))
+    """What is wrong with a database that is gone, locked, damaged or not to be written, in the
+    driver's words; the empty string for other errors: wrong SQL is our own."""
+    damaged = any(type(e) is DatabaseError or _read_only(e) for e in _causes(error))
     return cause(error) if damaged or gone(error) else ""
 
 

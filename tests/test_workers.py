@@ -38,6 +38,8 @@ from nasattn.search.database import connect
 from nasattn.search.display import Display
 from nasattn.search.launchers import Local
 from nasattn.search.lease import LEAVE, Heartbeats, Lease, Leases
+from nasattn.search.loop import Search
+from nasattn.search.opening import find_study
 from nasattn.search.slots import Slots
 from nasattn.search.stopping import ParetoHalving
 from nasattn.space import SearchSpace
@@ -483,6 +485,45 @@ def test_kills_at_any_statement_lose_nothing(
     assert [t.number for t in study.frontier()] == [t.number for t in whole.frontier()]
     evaluated = log.read_text().split()
     assert len(evaluated) == len(set(evaluated)) == trials, "none was evaluated twice"
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_beside_who_comes_and_goes(write: Write, tmp_path: Path) -> None:
+    """Workers are killed, while others open the database, look at the study and leave."""
+    path, log, rng, kills = write(), tmp_path / "log", random.Random(0), 0
+    by_formula(path, 2, Slow(log))
+    (path.parent / "runs/tiny/0.safetensors").touch()
+
+    def work() -> None:
+        experiment = Experiment.load(path)
+        found = find_study(experiment.storage, experiment.study)  # as the command does
+        search = Search(experiment, Display(Console(quiet=True)), found)
+        search.evaluator = Slow(log, 0.05)  # type: ignore[assignment]
+        search.run(300)
+
+    def look() -> None:
+        found = load_study(url(path), "tiny")
+        assert found.trials
+        found.engine.dispose()
+
+    crew = [forked(work) for _ in range(3)]
+    while any(worker.is_alive() for worker in crew):
+        visitor = forked(look)
+        visitor.join()
+        assert visitor.exitcode == 0
+        time.sleep(rng.uniform(0.0, 0.4))
+        number = rng.randrange(3)
+        if kills < 20 and crew[number].is_alive():
+            os.kill(crew[number].pid, signal.SIGKILL)
+            crew[number].join()
+            crew[number], kills = forked(work), kills + 1
+    for worker in crew:
+        worker.join()
+    assert kills >= 5 and {worker.exitcode for worker in crew} == {0}
+    keys = [t.architecture.key for t in load_study(url(path), "tiny").trials if t.score]
+    assert len(keys) == len(set(keys)) == 300
+    evaluated = log.read_text().split()  # and to be killed before that is kept costs it
+    assert set(evaluated) == set(keys) and len(evaluated) <= 300 + kills
 
 
 def test_a_score_that_could_not_be_told_is_found_with_the_weights(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from nasattn.config import ImageFolder
 from nasattn.data.image_folder import MARGIN, normalisation
 from nasattn.document import dump_yaml
 from nasattn.errors import UserError, first_few
+from nasattn.evaluate.candidate import facts_of
 from nasattn.files import make_folder
 from nasattn.model import build
 from nasattn.record import Trial, amount, counted
@@ -110,10 +111,9 @@ def _exported(folder: Path) -> bool:
 
 
 def _facts(weights: Path) -> dict[str, str] | None:
-    """What stands with weights; None where there are none."""
+    """`facts_of`; None where there are no weights."""
     try:
-        with safe_open(weights, "pt") as file:
-            return dict(file.metadata() or {})
+        return facts_of(weights)
     except (OSError, SafetensorError):
         return None
 

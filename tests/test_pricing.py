@@ -170,6 +170,10 @@ def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
         with pytest.raises(UserError, match=said):
             quote(f"{__name__}:{name}", (3, 8, 8))
     assert quote(f"{__name__}:wrapped", (3, 8, 8))["cost"] == {"macs": 0, "params": 0}
+    with pytest.raises(UserError, match=r"did you mean 'nets\.mine:make'\?$"):
+        quote("nets/mine.py:make")
+    with pytest.raises(UserError, match=r"^\./mine\.py:make: allowed: a module's own name"):
+        quote("./mine.py:make")
     with pytest.raises(UserError, match=r"expected an nn\.Module; got dict"):
         quote("builtins:dict")
     with pytest.raises(UserError, match=r"--shape: .* has its own input"):

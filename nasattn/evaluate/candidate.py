@@ -264,9 +264,7 @@ class Evaluator:
     def _stored(self) -> Weights | None:
         self.files.fetch(self._file)
         try:
-            with safe_open(self._file, "pt") as file:
-                facts = file.metadata() or {}
-            ours = facts.get("from") == self._facts()["from"]
+            ours = facts_of(self._file).get("from") == self._facts()["from"]
             return load_file(self._file) if ours else None
         except (OSError, SafetensorError):
             return None
@@ -328,6 +326,12 @@ def score_test(
 
 def _part(tick: Tick, done: int, repeats: int, share: float, accuracy: float | None) -> None:
     tick((done + share) / repeats, accuracy)
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    """What stands with stored weights. Raises OSError, or SafetensorError where there are none."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def store(path: Path, weights: Weights, facts: Mapping[str, str] | None = None) -> None:

@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nasattn.config import Experiment
 from nasattn.data import Data, load
 from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError, first_few
 from nasattn.evaluate import on_cuda
-from nasattn.evaluate.candidate import Evaluator, Weights, check_single, store
+from nasattn.evaluate.candidate import Evaluator, Weights, check_single, facts_of, store
 from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial, counted
@@ -344,7 +343,7 @@ class Search:
         path = weights_file(self.study, job.trial.number)
         self.study.files.fetch(path)
         try:
-            facts = _facts(path)
+            facts = facts_of(path)
         except (OSError, SafetensorError):
             return None
         if facts.get("of") != job.token or "score" not in facts:
@@ -435,12 +434,6 @@ class Search:
                 files.publish(path)
 
 
-def _facts(path: Path) -> dict[str, str]:
-    """What stands with a trial's weights."""
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
 def weights_of_trial(study: Study, trial: Trial, display: Display) -> tuple[Trial, Weights]:
     """A scored trial's weights: those kept (the frontier's, the baseline's), or trained again. And
     the trial, with the score of that training where it did otherwise."""
@@ -450,7 +443,7 @@ def weights_of_trial(study: Study, trial: Trial, display: Display) -> tuple[Tria
     study.files.fetch(path)
     try:
         # One of another database's study may have lain there since.
-        if _facts(path).get("of", "") == token:
+        if facts_of(path).get("of", "") == token:
             return trial, load_file(path)
         display.note(f"{path} is of another study")
     except FileNotFoundError:

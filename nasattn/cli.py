@@ -86,6 +86,7 @@ def search(
     ] = False,
 ) -> None:
     """Search, or go on where the search stopped. Ctrl-C at any time: nothing finished is lost."""
+    again = "the same command"
     with _loading():
         from nasattn.search.database import shown
         from nasattn.search.opening import find_study, free_name
@@ -93,14 +94,15 @@ def search(
         loaded = _experiment(experiment, storage)
         if new_study:
             name = free_name(loaded.storage, loaded.study)
+            again = f"nasattn resume --study {name} --storage '{shown(loaded.storage)}'"
             print(
                 f"new study: {name}; other commands take `--study {name}` beside the file; it goes "
-                f"on by: nasattn resume --study {name} --storage '{shown(loaded.storage)}'"
+                f"on by: {again}"
             )
             loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
     asked = trials or loaded.search.trials
-    _search(loaded, found, asked, workers, retry, launcher, launcher_option)
+    _search(loaded, found, asked, workers, retry, launcher, launcher_option, again)
 
 
 @app.command()
@@ -377,7 +379,9 @@ def _search(
     retry: bool,
     launcher: str,
     options: list[str] | None,
+    again: str = "the same command",
 ) -> None:
+    """again: what goes on with it, for people."""
     from nasattn.tables import console, print_results
 
     total, count = trials or experiment.search.trials, workers or experiment.search.workers
@@ -413,6 +417,7 @@ def _search(
         check(experiment.trainer)
     _take_interrupts()
     display = Display(console())
+    display.again = again
     start = launcher_of(launcher, options or [], experiment, display.note)
     try:
         if count > 1 or launcher != "local":
@@ -427,7 +432,7 @@ def _search(
         print(f"nasattn: {error}", file=sys.stderr, flush=True)
         _renew(experiment)
     except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, the same command goes on", file=sys.stderr)
+        print(f"\nstopped; what is finished is kept, {again} goes on", file=sys.stderr)
         raise typer.Exit(1) from None
     _patiently(lambda: print_results(study))
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -86,7 +87,10 @@ class Limit(Strict):
 
     def resolve(self, plain: int | float) -> float:
         """The limit in base units, where the plain backbone costs `plain`."""
-        return self.value * plain if self.relative else self.value
+        # In decimals: 1.15 * 100 is less than 115 in floating point, and 115 would not fit.
+        return (
+            float(Decimal(repr(self.value)) * Decimal(str(plain))) if self.relative else self.value
+        )
 
 
 def mistaken(limit: float, plain: float) -> str:
@@ -239,6 +243,13 @@ class TrainerFile(Strict):
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     channels_last: bool = True
     threads: Annotated[Int, Field(ge=1, le=1024)] = 1
+
+    @field_validator("accelerator", mode="before")
+    @classmethod
+    def _by_lightnings_name(cls, accelerator: object) -> object:
+        if accelerator == "cuda":  # nearer to cpu by its letters
+            raise ValueError("got 'cuda'; allowed: auto, cpu, gpu or mps; did you mean 'gpu'?")
+        return accelerator
 
     @field_validator("devices")
     @classmethod

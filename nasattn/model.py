@@ -61,6 +61,14 @@ def insert(module: nn.Module, placements: Mapping[str, str], example: Tensor) ->
     (N, C, H, W) map. A UserError names a path that is unknown, is not run exactly once, or whose
     output is no such map.
     """
+    specs = placements.values() if isinstance(placements, Mapping) else [placements]
+    if odd := [spec for spec in specs if not isinstance(spec, str)]:
+        raise UserError(
+            f"placements: got {odd[0]!r}; allowed: module path -> block spec, such as "
+            '{"features.3": "lightnl(ratio=0.25)"}'
+        )
+    if not isinstance(example, Tensor):
+        raise UserError(f"example: got {example!r}; allowed: a tensor, an input of the network")
     network = copy.deepcopy(module)
     parsed = [Placement.parse(path, spec) for path, spec in placements.items()]
     shapes = trace(network, example, [p.site for p in parsed])

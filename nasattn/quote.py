@@ -80,7 +80,10 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
             inspect.signature(found, follow_wrapped=False).bind()
     except TypeError as error:
         raise UserError(f"{path}: it is called without arguments; {error}") from None
-    network = found()
+    try:
+        network = found()
+    except Exception as error:
+        raise UserError(f"{path}: it raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{path}: expected an nn.Module; got {type(network).__name__}")
     try:
@@ -191,11 +194,12 @@ def _of_experiment(experiment: Experiment) -> dict[str, Any]:
         for label in labels[1:]
     ]
     fitting, least, most = candidates.fitting()
-    share = f"{fitting / space.size():.3g} of all"
+    share = f"{100 * (fitting / space.size()):.3g} % of all"
     bounds = "" if least == most else f"; estimated, between {_many(least)} and {_many(most)}"
     notes = {"space": f"{space.size():,} architectures"}
     for metric, limit in limits.items():
-        notes[f"budget {metric}"] = f"{limit:,.15g} ({limit / plain[metric]:.4g}x)"
+        text = f"{limit:.4g}" if isinstance(plain[metric], float) else f"{limit:,.15g}"
+        notes[f"budget {metric}"] = f"{text} ({limit / plain[metric]:.4g}x)"
     notes["within the budget"] = f"{_many(fitting)} architectures, {share}{bounds}"
     for metric in plain:
         ordered = sorted(singles, key=lambda s: s["cost"][metric])

@@ -19,6 +19,10 @@ class Cost:
     values: Mapping[str, int | float]
     context: Mapping[str, Any] = field(default_factory=dict)
 
+    def within(self, limits: Mapping[str, float]) -> bool:
+        """Whether it fits a budget: limits in base units, inclusive."""
+        return all(self.values[metric] <= limit for metric, limit in limits.items())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:

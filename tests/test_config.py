@@ -1,6 +1,7 @@
 """Experiment and space files: what is read, and how every mistake is named."""
 
 import copy
+import itertools
 import json
 import random
 from decimal import Decimal
@@ -74,6 +75,9 @@ def test_a_good_experiment(folder: Path) -> None:
     assert experiment.costs == ("macs",)
     assert experiment.budget["params"] == Limit(value=60_000.0)
     assert experiment.budget["macs"].resolve(1000) == 1250.0
+    for n, plain in itertools.product(range(1, 400), (100, 300_000_000)):
+        # In floating point 1.15 * 100 is less than 115.
+        assert Limit.parse(f"{n / 100}x").resolve(plain) == n * plain // 100
 
 
 def test_what_may_be_left_out() -> None:
@@ -157,6 +161,7 @@ BROKEN: list[tuple[str, str, str, tuple[str, ...]]] = [
         "13: trainer.channels_last",
         ("got 'on'; ", "bool"),
     ),
+    ("{accelerator: cpu}", "{accelerator: cuda}", "13: trainer.accelerator", ("'cuda'", "'gpu'?")),
     ("{accelerator: cpu}", "{devices: 2}", "13: trainer.devices", ("got 2; ", "1", "--workers N")),
     (
         "{name: cued_digits, train: 16000, noise: 0.1}",

@@ -1,7 +1,9 @@
 """The data sets: what the pictures hold, who sees which of them, and what is refused."""
 
 import errno
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -183,6 +185,9 @@ def test_stratify_gives_each_class_its_shares() -> None:
         [55, 10, 1],
     ]
     assert not np.array_equal(groups[0], stratify(labels, (0.15, 0.3), 1)[0])
+    for size, counts in ((1, [0, 0, 1]), (2, [1, 0, 1]), (3, [1, 1, 1])):
+        few = stratify(np.zeros(size, np.int64), (0.15, 0.3), 0)
+        assert [len(group) for group in few] == counts, "there is always one to train on"
 
 
 # --- image folder ---
@@ -198,7 +203,8 @@ def fill(root: Path, counts: dict[str, int]) -> Path:
     """Pictures `root/FOLDER/00.png`, ..., each of another grey."""
     for folder, count in counts.items():
         for i in range(count):
-            write(root / folder / f"{i:02}.png", color=i)
+            with write(root / folder / f"{i:02}.png", color=i).open("ab") as file:
+                file.write(folder.encode())  # behind the picture: no two files are equal
     return root
 
 
@@ -214,7 +220,12 @@ def test_the_digest_is_that_of_the_splits_lists(tmp_path: Path) -> None:
     (home / "train/a/00.png").write_bytes(b"broken")
     broken = folder(home, bad=0.5).facts
     assert broken["read"] != first["read"] and broken["readable"] == 23
-    assert {**broken, "read": first["read"], "readable": 24} == first
+    readable = ("read", "readable", "contents")
+    assert {k: v for k, v in broken.items() if k not in readable} == {
+        k: v for k, v in first.items() if k not in readable
+    }
+    (home / "train/a/00.png").write_bytes(b"nothing")
+    assert folder(home, bad=0.5).facts["contents"] == broken["contents"], "of what is not read"
     (home / "train/a/00.png").write_bytes(whole)
     assert folder(home).facts == first
     (home / "train/a/00.png").rename(home / "val/a/99.png")
@@ -451,7 +462,7 @@ def test_hidden_nested_and_other_files_are_handled(tmp_path: Path) -> None:
     data = folder(tmp_path, augment="none")
     assert greys(data.train) == [0, 1, 2, 3, 77, 0, 1, 2, 3]
     assert data.notes == [
-        "4 files are no images of a class: 1 .db, 1 .txt, 1 no extension, "
+        "passed over, as no images of a class: 1 .db, 1 .txt, 1 no extension, "
         "1 outside the class folders"
     ]
 
@@ -516,20 +527,49 @@ def test_a_long_check_is_remembered_until_a_file_changes(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     decoded: list[str] = []
-    fault = image_folder._fault
-    monkeypatch.setattr(image_folder, "_fault", lambda p: decoded.append(p.name) or fault(p))
+    check = image_folder._check
+    monkeypatch.setattr(image_folder, "_check", lambda p: decoded.append(p.name) or check(p))
     root = fill(tmp_path / "images", SPLITS)
     (root / "val/b/01.png").write_bytes(b"")
-    folder(root, bad=0.5)
+    facts = folder(root, bad=0.5).facts
     assert len(decoded) == 14 and not (tmp_path / "cache").exists()
     monkeypatch.setattr(image_folder, "SLOW", -1.0)
     folder(root, bad=0.5)
     decoded.clear()
-    folder(root, bad=0.5)
+    assert folder(root, bad=0.5).facts == facts
     assert decoded == ["01.png"]  # what is broken is looked at each time
+    (memory,) = (tmp_path / "cache/nasattn").iterdir()
+    memory.write_text(json.dumps(list(json.loads(memory.read_text()))))
+    decoded.clear()
+    folder(root, bad=0.5)
+    assert len(decoded) == 14, "an earlier version's says nothing of the contents"
+    decoded.clear()
+    folder(root, bad=0.5)
     os.utime(root / "val/a/00.png", ns=(1, 1))
     folder(root, bad=0.5)
     assert sorted(decoded) == ["00.png", "01.png", "01.png"]
+
+
+def test_what_is_judged_by_images_of_the_training_is_told(tmp_path: Path) -> None:
+    """By copies, by links, and by a whole split that leads to another."""
+    root = fill(tmp_path / "images", SPLITS)
+    assert not any("byte for byte" in note for note in folder(root).notes)
+    shutil.copy(root / "train/b/02.png", root / "test/b/copy.png")
+    (root / "test/a/link.png").symlink_to(root / "train/a/00.png")
+    (note,) = (note for note in folder(root).notes if "byte for byte" in note)
+    total = SPLITS["test/a"] + SPLITS["test/b"] + 2
+    assert note.startswith(f"2 of {total} images of test are in train as well, byte for byte (")
+    assert "(test/a/link.png is train/a/00.png)" in note
+    assert not any("of a class" in note for note in folder(root).notes)
+    shutil.copy(root / "val/a/00.png", root / "val/b/same.png")
+    (note,) = (note for note in folder(root).notes if "of a class" in note)
+    assert note == (
+        "1 image of a class is in another as well, byte for byte (val/b/same.png is val/a/00.png)"
+    )
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to(root / "train")
+    notes = [note for note in folder(root).notes if "are in train as well" in note]
+    assert [note.split(" images")[0] for note in notes] == ["8 of 8", "2 of 4"]
 
 
 @pytest.mark.parametrize(
@@ -602,7 +642,8 @@ def test_a_class_missing_in_val_is_noted(tmp_path: Path) -> None:
         ({}, {}, r"has no class folders; allowed: ROOT/CLASS/\*\.jpg, or ROOT/train/CLASS"),
         ({"train/a": 2, "train/b": 2}, {}, "has train/ but no val/; add val/"),
         ({**SPLITS, "val/aa": 1}, {}, r"val/ has the class 'aa'.*did you mean 'a'\?"),
-        ({"a": 9, "b": 2}, {}, "no image to train on for the class b; add images"),
+        ({"a": 9, "b": 0}, {}, "no image to train on for the class b; add images"),
+        ({"a": 9, "b": 0}, {"classes": 1}, r"class folders in .*: 2 \(a, b\).*; no image is in b$"),
         (SPLITS, {"size": 9}, r"data.size: got 9, .* says input: \[1, 8, 8\]; leave size out"),
         (
             SPLITS,
@@ -615,6 +656,8 @@ def test_a_class_missing_in_val_is_noted(tmp_path: Path) -> None:
 def test_what_disagrees_is_refused(
     tmp_path: Path, counts: dict[str, int], options: dict[str, object], message: str
 ) -> None:
+    for name in counts:
+        (tmp_path / name).mkdir(parents=True)
     with pytest.raises(UserError, match=message):
         folder(fill(tmp_path, counts), **options)  # type: ignore[arg-type]
 

@@ -43,7 +43,7 @@ from nasattn.record import Cost, Score
 from nasattn.report import write_report
 from nasattn.search import final_text, outage
 from nasattn.search.display import Display
-from nasattn.search.final import Evaluation, contenders, control_of, evaluations
+from nasattn.search.final import Evaluation, contenders, control_of, evaluations, summarise
 from nasattn.search.loop import Search
 from nasattn.search.retrain import Retraining
 from nasattn.search.study import FACTS, Study
@@ -99,6 +99,8 @@ def test_no_accuracy_is_shown_that_cannot_be() -> None:
     assert final_text.interval(wide, 3, "+") == "+0.6111 [-0.3771, +1.5994] (n=2)", (
         "of a difference"
     )
+    none = {"mean": -1e-9, "low": -2e-5, "high": 2e-5, "n": 2}
+    assert final_text.interval(none, 2, "+") == "+0.0000 [+0.0000, +0.0000]", "no -0.0000"
     one = {"mean": 0.9, "low": None, "high": None, "n": 1}
     assert final_text.interval(one, 1) == "0.9000" and final_text.clipped(one) == (0.9, 0.9)
 
@@ -307,6 +309,78 @@ def test_unfinished_is_not_judged_and_a_failure_leaves_what_is_paired(study: Stu
     assert any("oops" in line for line in final_text.notes(again))
 
 
+def test_one_that_fails_again_and_again_takes_nothing_from_the_others(study: Study) -> None:
+    """Neither their memberships nor the selection bias, and it is told of how many these are."""
+    fill(study)
+    whole = study.final()
+    assert whole is not None
+    points = sum(r["test"]["membership"] is not None for r in whole["rows"])
+    assert whole["judged"]["test"] == {"points": points, "of": points, "seeds": 3}
+    members = [t for t in study.frontier() if not t.baseline]
+    for seed in (0, 1):
+        evaluate(study, members[0].architecture, seed, reason="oops")
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"]
+    judged = [r for r in final["rows"] if r["test"] and r["test"]["membership"] is not None]
+    assert members[0].architecture.key not in {r["key"] for r in judged}
+    assert [r["test"]["membership"] for r in judged] == membership(
+        [[r["cost"]["macs"]] for r in judged],
+        [r["test"]["values"] for r in judged],
+        seed=derive(study.config.search.seed, "final"),
+    )
+    assert final["judged"]["test"] == {"points": points - 1, "of": points, "seeds": 3}
+    assert final["gap"]["test"]["members"] == len(members) - 1
+    assert final["gap"]["test"]["frontier"]["n"] == final["gap"]["test"]["bias"]["n"] == 3
+    text = "\n".join(final_text.notes(final))
+    assert f"{points - 1} of {points} points are judged, by the 3 seeds" in text
+    evaluate(study, members[1].architecture, 2, reason="oops")
+    final = study.final()
+    assert final is not None
+    assert final["judged"]["test"] == {"points": points - 1, "of": points, "seeds": 2}
+
+
+def test_a_backbone_over_the_budget_is_no_rival(study: Study) -> None:
+    stored = fill(study)
+    trials, front = study.trials, study.frontier()
+    assert trials[0] in front
+    limits = {"macs": trials[0].cost.values["macs"] - 1}
+    final = summarise(study.config, limits, trials, front[1:], stored)
+    assert final is not None
+    base, *others = final["rows"]
+    assert base["roles"] == ["baseline"] and base["test"]["membership"] is None
+    members = [r for r in others if "frontier" in r["roles"]]
+    assert [r["test"]["membership"] for r in members] == membership(
+        [[r["cost"]["macs"]] for r in members],
+        [r["test"]["values"] for r in members],
+        seed=derive(study.config.search.seed, "final"),
+    )
+
+
+def test_what_another_schedule_does_is_no_selection_bias(
+    study: Study, fake_study: FakeStudy
+) -> None:
+    """Without a warm start the final trains by `pretrain`: the difference is in the backbone's
+    fall as well, and it is said."""
+    note = "the search trained by `training`"
+    fill(study)
+    alone = {"warm_start": False, "seeds": 3}
+    other = fake_study(24, final={"seeds": 3}, training=alone, pretrain={"epochs": 9})
+    fill(other)
+    for made, same in ((study, True), (other, False)):
+        final = made.final()
+        assert final is not None and final["same_schedule"] is same
+        assert any(note in line for line in final_text.notes(final)) is not same
+        gap, base = final["gap"]["test"], made.trials[0].score
+        members = [r for r in final["rows"] if "frontier" in r["roles"] and r["number"]]
+        assert base is not None
+        plain = final["rows"][0]["test"]["values"]
+        fell = [
+            fmean(r["search"] - r["test"]["values"][s] for r in members) - base.accuracy + plain[s]
+            for s in range(3)
+        ]
+        assert gap["bias"] == pytest.approx(by_table(fell))
+
+
 def test_a_controls_cost_is_known_from_the_seed_that_did_not_fail(study: Study) -> None:
     wanted = contenders(study.trials, study.frontier())
     control = next(c.architecture for c in wanted if c.trial is None)
@@ -419,6 +493,8 @@ def test_the_picture_shows_the_rows(study: Study, tmp_path: Path) -> None:
 
     from nasattn.report.final import final_figure
 
+    assert not any("final" in p.name for p in write_report(study, tmp_path / "before"))
+    evaluate(study, study.trials[0].architecture, 0, reason="out of memory")
     assert not any("final" in p.name for p in write_report(study, tmp_path / "before"))
     fill(study)
     final = study.final()

@@ -1067,6 +1067,28 @@ def test_costs_that_are_never_finite_are_named_when_nothing_is_left() -> None:
         study.ask(SPACE)
 
 
+def test_what_space_has_and_no_trial_asks_for_is_named() -> None:
+    asked = {"site": CategoricalDistribution([1, 2, 3])}
+    space = asked | {"more": CategoricalDistribution(["x", "y"])}
+    study = study_of(FrontierSampler({1: lambda p: p["site"]}, space=space))
+    with pytest.raises(Exhausted, match=r"No trial has asked for \['more'\], which `space` has"):
+        for _ in range(50):
+            study.tell(trial := study.ask(asked), (0.0, trial.params["site"]))
+
+
+def test_what_space_lacks_is_named() -> None:
+    first, *_ = SPACE
+    study = study_of(FrontierSampler({1: lambda p: p["lacking"]}, space=SPACE))
+    with pytest.raises(ValueError, match=rf"has not found 'lacking'; `space` has .*'{first}'"):
+        study.ask(SPACE)
+
+
+def test_constraints_that_leave_nothing_are_told() -> None:
+    study = study_of(FrontierSampler({1: cost}, constraints=lambda p: 1.0, space=SPACE))
+    with pytest.raises(Exhausted, match="the constraints leave none of the space's 4,096 rows"):
+        study.ask(SPACE)
+
+
 def test_a_known_cost_that_trials_do_not_have_is_told() -> None:
     study = study_of(FrontierSampler({1: lambda p: -cost(p)}, space=SPACE))
     with pytest.warns(UserWarning, match=r"costs\[1\] gives -\S+ for a trial whose objective 1 is"):

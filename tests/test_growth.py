@@ -292,15 +292,20 @@ def test_a_new_study_takes_the_next_free_name(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(cli, "_search", lambda experiment, *a: asked.append(experiment.study))
+    said: list[str] = []
+
+    def noted(experiment: Experiment, *arguments: Any) -> None:
+        asked.append(experiment.study)
+        said.append(arguments[-1])
+
+    monkeypatch.setattr(cli, "_search", noted)
     path = write(SMALL)
     storage = Experiment.load(path).storage
     for taken in ("tiny", "tiny-2", "tiny-4"):
         run = CliRunner().invoke(cli.app, ["search", str(path), "--new-study"])
         assert run.exit_code == 0, run.output
-        assert (
-            f"nasattn resume --study {taken.replace('4', '3')} --storage '{storage}'" in run.output
-        )
+        again = f"nasattn resume --study {taken.replace('4', '3')} --storage '{storage}'"
+        assert again in run.output and said[-1] == again, "not the same command goes on"
         optuna.create_study(study_name=taken, storage=storage)
     assert asked == ["tiny", "tiny-2", "tiny-3"]
     assert free_name(storage, "other") == "other"

@@ -387,6 +387,14 @@ def test_what_cannot_be_inserted(places: dict[str, str], message: str, images: T
     assert all(m.training and not m._forward_hooks for m in network.modules())
 
 
+@pytest.mark.parametrize("odd", [["features.0"], {"features.0": {"lightnl": {}}}, None])
+def test_what_are_no_placements_is_told(odd: Any, images: Tensor) -> None:
+    with pytest.raises(UserError, match=r"placements: got .*; allowed: module path -> block spec"):
+        insert(Foreign(), odd, images)
+    with pytest.raises(UserError, match=r"example: got \(3, 32, 32\); allowed: a tensor"):
+        insert(Foreign(), {"features.0": "se"}, (3, 32, 32))  # type: ignore[arg-type]
+
+
 def test_a_module_that_runs_whatever_children_it_has_is_refused(images: Tensor) -> None:
     network = nn.Sequential(Iterating())
     with pytest.raises(UserError, match=r"'0\.attention' is run 2 times"):

@@ -162,9 +162,14 @@ def wrapped() -> nn.Module:
     return wanting(3)
 
 
+def breaking() -> nn.Module:
+    raise RuntimeError("no weights here")
+
+
 def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
     for name, said in {
         "Looking": "its forward looks at values, so that it cannot be counted without being run",
+        "breaking": "breaking: it raised RuntimeError: no weights here",
         "wanting": "it is called without arguments; missing a required argument: 'width'",
     }.items():
         with pytest.raises(UserError, match=said):

@@ -1,5 +1,6 @@
 """The pictures show what the records say: every number drawn is computed a second way."""
 
+import copy
 import random
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from nasattn.report import (
     staircase,
     write_report,
 )
-from nasattn.search.study import SCORE, Study
+from nasattn.search.study import SCORE, Study, accuracy
 from nasattn.space import SearchSpace
 
 FILES = ["frontier.png", "frontier.svg", "sites.png", "sites.svg"]
@@ -112,6 +113,20 @@ def test_the_budget_is_a_line_or_an_arrow_when_far(two_costs: Study) -> None:
     assert macs.get_xlim()[1] > limits["macs"]
     assert params.get_xlim()[1] < limits["params"]
     assert any(text.get_text() == "budget 60k (4.31x) →" for text in params.texts)
+
+
+def test_the_line_is_of_what_fits_the_budget(study: Study) -> None:
+    """The plain backbone may be over it, where the space varies that."""
+    tight = copy.copy(study)
+    costs = sorted(t.cost.values["macs"] for t in study.trials if t.score)
+    limit = costs[len(costs) // 2]
+    tight.facts = {**study.facts, "limits": {"macs": limit}}
+    panel = frontier_figure(tight, study.trials).axes[0]
+    (line,) = (line for line in panel.lines if line.get_drawstyle() == "steps-post")
+    fitting = [t for t in study.trials if t.score and t.cost.values["macs"] <= limit]
+    assert max(line.get_ydata()) == max(100 * accuracy(t) for t in fitting)
+    assert max(line.get_xdata()) == limit < costs[-1]
+    assert list(line.get_xdata()) == sorted(line.get_xdata())
 
 
 def test_caption_says_what_the_picture_cannot(study: Study) -> None:

@@ -40,6 +40,7 @@ from nasattn.config import Experiment, TrainerFile
 from nasattn.data import load
 from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate
+from nasattn.evaluate.candidate import facts_of, store
 from nasattn.evaluate.train import Tick
 from nasattn.model import build
 from nasattn.pareto import non_dominated
@@ -683,7 +684,7 @@ def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path
         with pytest.raises(UserError):
             searching(write(data=fields, space=SPACE | {"classes": 2}))
     path = write(data=data, space=SPACE | {"classes": 2})
-    more.write_bytes((photos / "0" / "2.png").read_bytes())
+    shutil.copy(photos / "0" / "0.png", more)
     study = by_formula(path, 3)
     assert len(study.trials) == 3
     assert study.facts["images"]["names"] == ["0", "1"]
@@ -751,16 +752,22 @@ def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path)
     """Left out, a split would be smaller: trials would be judged by other images."""
     data = {"name": "image_folder", "root": str(photos), "bad": 0.1}
     path = write(data=data, space=SPACE | {"classes": 2})
+    photo = photos / "0" / "0.png"
+    Image.new("L", (8, 8)).save(photo, "bmp")
     study = by_formula(path, 2)
-    whole = (photos / "0" / "0.png").read_bytes()
-    (photos / "0" / "0.png").write_bytes(whole[:60])
+    whole = photo.read_bytes()
+    photo.write_bytes(whole[:60])
     with pytest.raises(UserError, match=r"other images can be read .* \(160 then, 159 now\)"):
         searching(path)
-    (photos / "0" / "0.png").write_bytes(whole)
+    photo.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(UserError, match=r"images have other contents .* \(160 then, 160 now\)"):
+        searching(path)
+    photo.write_bytes(whole)
     images = study.facts["images"]
-    earlier = {k: v for k, v in images.items() if not k.startswith("read")}
-    study.optuna.set_user_attr(FACTS, study.facts | {"images": earlier})
-    assert searching(path).study.facts["images"] == images, "of an earlier version"
+    for new in ({"contents"}, {"contents", "read", "readable"}):
+        earlier = {k: v for k, v in images.items() if k not in new}
+        study.optuna.set_user_attr(FACTS, study.facts | {"images": earlier})
+        assert searching(path).study.facts["images"] == images, "of an earlier version"
 
 
 def test_images_may_move(write: Write, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -781,12 +788,14 @@ def test_images_may_move(write: Write, photos: Path, monkeypatch: pytest.MonkeyP
     assert later.evaluator._data() == marks
     told: list[str] = []
     monkeypatch.setattr(later.display, "note", told.append)
+    later.display.again = "`nasattn resume`"
     later.announce(3)
+    assert told[-1].endswith("Ctrl-C stops, `nasattn resume` goes on")
     assert "images: 112 train, 24 val, 24 test; classes: 0, 1" in told
     assert len(by_formula(at(moved), 3).trials) == 3
     shutil.copytree(moved, photos)
     Image.fromarray(np.zeros((32, 64), np.uint8)).save(photos / "0" / "0.png")
-    with pytest.raises(UserError, match=r"data\.root: other images can be read since the study"):
+    with pytest.raises(UserError, match=r"data\.root: images have other contents since the study"):
         searching(at(photos))  # the same names, but not the same images
 
 
@@ -821,8 +830,32 @@ def test_a_backbone_of_other_images_is_not_used(write: Write, photos: Path) -> N
     search = searching(path)
     search.evaluator.prepare(lambda share, accuracy: None)
     assert searching(path).evaluator.stored
-    (photos / "0" / "0.png").unlink()
+    photo = photos / "0" / "0.png"
+    Image.new("L", (8, 8)).save(photo, "bmp")
     assert not searching(path).evaluator.stored
+    searching(path).evaluator.prepare(lambda share, accuracy: None)
+    size = photo.stat().st_size
+    Image.new("L", (8, 8), 255).save(photo, "bmp")
+    assert photo.stat().st_size == size
+    assert not searching(path).evaluator.stored, "of one size, as all BMPs of one shape are"
+    photo.unlink()
+    assert not searching(path).evaluator.stored
+
+
+def test_a_backbone_of_another_trainer_is_not_used(write: Write) -> None:
+    """Before the first trial is told the trainer may be edited; the backbone's training is another
+    one then. Weights of an earlier version say nothing of theirs, and are used."""
+    search = searching(write())
+    search.evaluator.prepare(lambda share, accuracy: None)
+    kept = search.evaluator._file
+    by_float = kept.read_bytes()
+    by_half = searching(write(trainer={"precision": "bf16-mixed"}))
+    assert not by_half.evaluator.stored
+    by_half.evaluator.prepare(lambda share, accuracy: None)
+    assert kept.read_bytes() != by_float and by_half.evaluator.stored
+    facts = {k: v for k, v in facts_of(kept).items() if k not in ("trainer", "contents")}
+    store(kept, load_file(kept), facts)
+    assert searching(write()).evaluator.stored
 
 
 def test_what_is_remarked_is_said_once_and_kept_in_each_row(

@@ -61,7 +61,8 @@ class Data:
     """What networks are trained and judged on. `input` is (C, H, W) of an image, `loaders` the
     number of worker processes that read, `notes` what the user should be told, such as files that
     were skipped. `facts`: what a study keeps of images that lie elsewhere and may change: how many
-    there are and can be read, a digest of the splits' lists of either, the names of the classes."""
+    there are and can be read, digests of the splits' lists of either and of what can be read, the
+    names of the classes."""
 
     classes: int
     input: Shape
@@ -120,14 +121,15 @@ def stratify(
 ) -> list[NDArray[np.int64]]:
     """Sorted indices of one group for each share and, last, of the rest, drawn by the seed.
 
-    Each class gives each group its share, rounded, but at least one sample while it has any; the
-    rest gets what is left over.
+    Each class gives each group its share, rounded, but at least one sample while it has any. The
+    rest gets what is left over; of a class that is too small for all, it gets one first.
     """
     rng = np.random.default_rng(seed)
     groups = [[np.empty(0, np.int64)] for _ in range(len(shares) + 1)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         cuts = np.cumsum([max(1, round(share * len(members))) for share in shares])
+        cuts = cuts.clip(max=len(members) - 1)
         for group, part in zip(groups, np.split(members, cuts), strict=True):
             group.append(part)
     return [np.sort(np.concatenate(group)) for group in groups]

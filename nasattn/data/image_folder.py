@@ -2,7 +2,8 @@
 
 The classes are the folders' names in sorted order; a class's folder is read with all folders in it.
 Hidden files and files that are no images by their extension are passed over. Every image is decoded
-once before the training: what cannot be decoded is named and left out, up to the share `bad`.
+once before the training: what cannot be decoded is named and left out, up to the share `bad`. What
+lies in train and, byte for byte, in val or test as well is told.
 
 train, by `augment`: crop_flip takes a box of .08 to 1 of the area with 3/4 to 4/3 of the input's
 own aspect, and mirrors every second image; crop_flip_color also scales brightness, contrast and
@@ -13,6 +14,7 @@ A box is read with one antialiased bilinear resampling.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from torch import Tensor
 from nasattn.config import ImageFolder
 from nasattn.data import Batch, Data, Shape, stratify
 from nasattn.errors import DataFailed, Stopped, UserError, first_few, suggest
+from nasattn.record import counted
 
 Files = list[tuple[Path, int]]
 Stamp = tuple[int, int]  # a file's size in bytes, and when it was changed last (ns)
@@ -109,14 +112,17 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         raise UserError(f"data.root: {error.filename} cannot be read: {error.strerror}") from None
     if passed_over:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-        notes.append(f"{passed_over.total()} files are no images of a class: {kinds}")
+        notes.append(f"passed over, as no images of a class: {kinds}")
     splits = _split(files, config, notes)
     stamps = {path: _stamp(path) for part in splits.values() for path, _ in part}
-    faults = _faults(stamps, config.root)
+    checked = _checked(stamps, config.root)
+    faults = {path: fault for path, (fault, _) in checked.items()}
+    contents = {path: content for path, (_, content) in checked.items()}
     notes += _report(faults, config)
     listed = _listed(splits, config.root)
     splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
     notes += _check_cover(splits, names, config.root)
+    notes += _shared(splits, contents, config.root)
     train, val, test = (
         Images(
             paths=[path for path, _ in splits[name]],
@@ -142,6 +148,9 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
             "readable": sum(map(len, splits.values())),
             "read": _digest(
                 [(*row, stamps[config.root / row[1]][0]) for row in _listed(splits, config.root)]
+            ),
+            "contents": _digest(
+                [(row[1], contents[config.root / row[1]]) for row in _listed(splits, config.root)]
             ),
             "names": names,
         },
@@ -299,9 +308,11 @@ def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
         )
     if len(names) != classes:
         shown = first_few(names, NAMED)
+        empty = [name for name in names if not any(map(_by_name, _visible(where / name)))]
         raise UserError(
             f"data.root: class folders in {where}: {len(names)} ({shown}), but the space "
             f"says classes: {classes}; write classes: {len(names)} in the space, or check the root"
+            + (f"; no image is in {first_few(empty, NAMED)}" if empty else "")
         )
     for part, folder in folders.items():
         for path in _inside(folder):
@@ -329,13 +340,18 @@ def _visible(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
     return found
 
 
+def _by_name(path: Path) -> bool:
+    """Whether it is an image by its name's extension."""
+    return path.suffix.lower() in EXTENSIONS
+
+
 def _list(folder: Path, names: Sequence[str], passed_over: Counter[str]) -> Files:
     """The images of the class folders in sorted order; counts what else is there by its kind."""
     labels = {name: label for label, name in enumerate(names)}
     files: Files = []
     for path in _visible(folder):
         first, *rest = path.relative_to(folder).parts
-        if path.suffix.lower() not in EXTENSIONS:
+        if not _by_name(path):
             passed_over[path.suffix.lower() or "no extension"] += 1
         elif not rest:
             passed_over["outside the class folders"] += 1
@@ -365,8 +381,8 @@ def _split(files: Mapping[str, Files], config: ImageFolder, notes: list[str]) ->
     return given | {name: [whole[i] for i in part] for name, part in drawn.items()}
 
 
-def _faults(stamps: Mapping[Path, Stamp], root: Path) -> dict[Path, str]:
-    """Path -> why it cannot be decoded, or "" where it can.
+def _checked(stamps: Mapping[Path, Stamp], root: Path) -> dict[Path, tuple[str, str]]:
+    """Path -> why it cannot be decoded, or "" where it can, and a digest of its bytes.
 
     Every file is really decoded, unless an earlier run, whose check took long, found it good and
     its size and time of change are still the same.
@@ -379,10 +395,12 @@ def _faults(stamps: Mapping[Path, Stamp], root: Path) -> dict[Path, str]:
     start = time.monotonic()
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the pixels are what is judged
-        faults = dict.fromkeys(stamps, "") | dict(zip(new, pool.map(_fault, new), strict=True))
+        looked = dict(zip(new, pool.map(_check, new), strict=True))
+    checked = {path: looked.get(path) or ("", good[lines[path]]) for path in stamps}
     if time.monotonic() - start > SLOW:
-        _remember(memory.expanduser(), [lines[path] for path in stamps if not faults[path]])
-    return faults
+        kept = {lines[path]: content for path, (fault, content) in checked.items() if not fault}
+        _remember(memory.expanduser(), kept)
+    return checked
 
 
 def _stamp(path: Path) -> Stamp:
@@ -393,14 +411,14 @@ def _stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def _recall(memory: Path) -> frozenset[str]:
+def _recall(memory: Path) -> dict[str, str]:
     try:
-        return frozenset(json.loads(memory.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return frozenset()
+        return dict(json.loads(memory.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # or of an earlier version, a list
+        return {}
 
 
-def _remember(memory: Path, stamps: Sequence[str]) -> None:
+def _remember(memory: Path, stamps: Mapping[str, str]) -> None:
     part = memory.with_suffix(f".{os.getpid()}")
     # A home that cannot be written to costs only the next check's time.
     with contextlib.suppress(OSError):
@@ -409,12 +427,14 @@ def _remember(memory: Path, stamps: Sequence[str]) -> None:
         part.replace(memory)
 
 
-def _fault(path: Path) -> str:
+def _check(path: Path) -> tuple[str, str]:
+    content = ""
     try:
+        content = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
         decode(path, 3)
     except Exception as error:  # a decoder may raise anything on a damaged file
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return f"{type(error).__name__}: {error}", content
+    return "", content
 
 
 def _report(faults: Mapping[Path, str], config: ImageFolder) -> list[str]:
@@ -435,6 +455,34 @@ def _report(faults: Mapping[Path, str], config: ImageFolder) -> list[str]:
     return ["\n".join([*lines, "they are left out"])]
 
 
+def _shared(splits: Mapping[str, Files], contents: Mapping[Path, str], root: Path) -> list[str]:
+    """Notes of equal files: of a split that holds images of train, which were learned by heart, and
+    of classes that share images."""
+    trained = {contents[path]: path for path, _ in splits["train"]}
+    notes, first = [], dict[str, tuple[Path, int]]()
+    twins = [
+        (path, first[content][0])
+        for path, label in sorted(itertools.chain.from_iterable(splits.values()))
+        if first.setdefault(content := contents[path], (path, label))[1] != label
+    ]
+    if twins:
+        one, other = (path.relative_to(root) for path in twins[0])
+        notes.append(
+            f"{counted(len(twins), 'image')} of a class {'is' if len(twins) == 1 else 'are'} in "
+            f"another as well, byte for byte ({one} is {other})"
+        )
+    for part in ("val", "test"):
+        again = [path for path, _ in splits[part] if contents[path] in trained]
+        if again:
+            twin = trained[contents[again[0]]]
+            notes.append(
+                f"{len(again)} of {len(splits[part])} images of {part} are in train as well, byte "
+                f"for byte ({again[0].relative_to(root)} is {twin.relative_to(root)}): its "
+                "accuracy is flattered"
+            )
+    return notes
+
+
 def _check_cover(splits: Mapping[str, Files], names: Sequence[str], root: Path) -> list[str]:
     """Refuses a class without an image in train, or an empty split; notes other gaps."""
     notes = []
@@ -444,10 +492,8 @@ def _check_cover(splits: Mapping[str, Files], names: Sequence[str], root: Path) 
         shown = first_few(absent, NAMED)
         if absent and part == "train":
             raise UserError(
-                f"data.root: {root} leaves no image to train on for the class {shown}; add images "
-                "(of few, the splits that are drawn by the seed may take all; folders train, val "
-                "and test are taken as they are), or delete the folder and lower classes in the "
-                "space"
+                f"data.root: {root} leaves no image to train on for the class {shown}; add images, "
+                "or delete the folder and lower classes in the space"
             )
         if not files:
             raise UserError(f"data.root: {root} has no image for the split {part}")

@@ -150,7 +150,7 @@ class Evaluator:
                 self.plain, self.experiment.pretrain, tick, checkpoints=kept
             )
             self.note(self._how_well(score.accuracy))
-            facts = self._facts() | {"accuracy": f"{score.accuracy:.6f}"}
+            facts = self._facts() | self._more() | {"accuracy": f"{score.accuracy:.6f}"}
             store(self._file, self._backbone, facts)
             self.files.publish(self._file, must=True)
             self.files.drop(kept)
@@ -255,6 +255,12 @@ class Evaluator:
         }
         return {"from": json.dumps(what, sort_keys=True)}
 
+    def _more(self) -> dict[str, str]:
+        """As `_facts`: what weights of earlier versions say nothing of."""
+        contents = self.data.facts.get("contents")
+        more = {"trainer": self.experiment.as_dict()["trainer"], "contents": contents}
+        return {key: json.dumps(value, sort_keys=True) for key, value in more.items()}
+
     def _data(self) -> dict[str, Any]:
         """What images there are; wherever they lie and whoever reads them, they are the same."""
         data, facts = self.experiment.as_dict()["data"], self.data.facts
@@ -264,7 +270,8 @@ class Evaluator:
     def _stored(self) -> Weights | None:
         self.files.fetch(self._file)
         try:
-            ours = facts_of(self._file).get("from") == self._facts()["from"]
+            stored, wanted = facts_of(self._file), self._facts() | self._more()
+            ours = all(stored.get(k, v) == v for k, v in wanted.items()) and "from" in stored
             return load_file(self._file) if ours else None
         except (OSError, SafetensorError):
             return None

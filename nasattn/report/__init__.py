@@ -49,7 +49,7 @@ def write_report(study: Study, folder: Path) -> list[Path]:
             "sites": sites_figure(study, trials),
         }
         final = study.final(trials)
-        if final and final["done"]:
+        if final and final["done"] > final["failed"]:
             figures["final"] = final_figure(study, final)
         return [
             save(figure, folder / f"{name}.{kind}")
@@ -61,7 +61,7 @@ def write_report(study: Study, folder: Path) -> list[Path]:
 def staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The corners of "the best accuracy at no more than this cost", cheapest first.
 
-    points: (cost, accuracy) of every scored trial.
+    points: (cost, accuracy) of every scored trial within the budget.
     """
     mask = non_dominated([(cost, -height) for cost, height in points])
     return sorted({p for p, keep in zip(points, mask, strict=True) if keep})
@@ -151,9 +151,11 @@ def _draw_panel(axes: Axes, study: Study, trials: Sequence[Trial], metric: str) 
     axes.set_xlim(low - 1.5 * pad, high + pad)
 
     axes.axhline(100 * accuracy(baseline), color=VERMILION, lw=0.8, alpha=0.5, zorder=1)
-    steps = staircase([(t.cost.values[metric], 100 * accuracy(t)) for t in scored])
-    steps.append((limit if near and limit else high + pad, steps[-1][1]))
-    axes.step(*zip(*steps, strict=True), where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2)
+    within = [t for t in scored if t.cost.within(study.facts["limits"])]
+    if within:
+        steps = staircase([(t.cost.values[metric], 100 * accuracy(t)) for t in within])
+        steps.append((limit if near and limit else high + pad, steps[-1][1]))
+        axes.step(*zip(*steps, strict=True), where="post", color=BLUE, lw=1.4, alpha=0.8, zorder=2)
     _points(axes, dominated, metric, "dominated", GREY, marker="o", ms=5, mfc="white", zorder=3)
     _points(axes, chosen, metric, "frontier", BLUE, marker="o", ms=7, zorder=4)
     _points(

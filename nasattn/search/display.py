@@ -59,6 +59,7 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.again = "the same command"  # what goes on with the search after Ctrl-C
         self.live = Live(console=console, refresh_per_second=4, transient=True)
         self.total, self.study = 0, None  # type: tuple[int, Study | None]
         self.trials: list[Trial] = []

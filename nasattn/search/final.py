@@ -121,8 +121,18 @@ def progress(
     return {"evaluations": len(asked), "done": len(done), "failed": failed}
 
 
+def in_full(experiment: Experiment) -> Experiment:
+    """The experiment with one training an evaluation, by the full schedule: the candidates' own
+    from the plain backbone, without a warm start `pretrain`'s."""
+    training = experiment.training
+    whole = {} if training.warm_start else experiment.pretrain.model_dump()
+    update = {"training": training.model_copy(update={**whole, "seeds": 1})}
+    return experiment.model_copy(update=update)
+
+
 def summarise(
     experiment: Experiment,
+    limits: Mapping[str, float],
     trials: Sequence[Trial],
     front: Sequence[Trial],
     stored: Mapping[tuple[str, int], Evaluation],
@@ -153,19 +163,22 @@ def summarise(
         c.architecture.key: [stored.get((c.architecture.key, s)) for s in range(final.seeds)]
         for c in [*planned, *former]
     }
-    counts = progress(final, planned, stored)
+    counts, judged = progress(final, planned, stored), {}
     rows = [_row(experiment, c, table) for c in [*planned, *former]]
     for row in rows:
         row.update({split: _figures(row, split, rows) for split in SPLITS})
     if counts["done"] == counts["evaluations"]:
         seed = derive(experiment.search.seed, FINAL)
-        for split in SPLITS:
-            _judge([r for r in rows if _competes(r)], split, experiment.costs, seed)
+        rivals = [r for r in rows if _competes(r, limits)]
+        judged = {s: _judge(rivals, s, experiment.costs, seed) for s in SPLITS}
+    searched = experiment.training.model_copy(update={"seeds": 1})
     return {
         "seeds": final.seeds,
         "test": final.test,
         "warm_start": experiment.training.warm_start,
+        "same_schedule": in_full(experiment).training == searched,
         **counts,
+        "judged": judged,
         "gap": {split: _gaps(rows, split) for split in SPLITS},
         "rows": [{k: v for k, v in row.items() if k != "raw"} for row in rows],
     }
@@ -216,44 +229,70 @@ def _figures(
     }
 
 
-def _judge(rows: Sequence[dict[str, Any]], split: Split, costs: Sequence[str], seed: int) -> None:
-    """Fill in the membership probabilities, from the seeds that all of the points have."""
-    rows = [r for r in rows if r[split]]
-    complete = [c for c in zip(*(r["raw"][split] for r in rows), strict=True) if None not in c]
-    prices = [[float(r["cost"][m]) for m in costs] for r in rows]
-    shares = membership(prices, list(zip(*complete, strict=True)), seed=seed) if complete else None
-    if shares is not None:
-        for row, share in zip(rows, shares, strict=True):
-            row[split]["membership"] = share
+def _judge(
+    rivals: Sequence[dict[str, Any]], split: Split, costs: Sequence[str], seed: int
+) -> dict[str, int]:
+    """Fill in the membership probabilities; of how many points, and from how many seeds."""
+    rows, seeds = _comparable(rivals, split)
+    accuracies = [[row["raw"][split][s] for s in seeds] for row in rows]
+    prices = [[float(row["cost"][m]) for m in costs] for row in rows]
+    shares = membership(prices, accuracies, seed=seed) if rows else None
+    for row, share in zip(rows, shares or [], strict=False):
+        row[split]["membership"] = share
+    return {"points": len(rows), "of": len(rivals), "seeds": len(seeds)}
 
 
-def _gaps(rows: Sequence[Mapping[str, Any]], split: Split) -> dict[str, Any]:
+def _comparable(
+    rows: Sequence[dict[str, Any]], split: Split
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows that can be compared, and the seeds that all of them have. Where that is less than
+    two, what has failed most is left out, one row after the other."""
+    rows = list(rows)
+    while True:
+        columns = enumerate(zip(*(row["raw"][split] for row in rows), strict=True))
+        seeds = [s for s, column in columns if None not in column]
+        failed = [
+            sum(row["raw"][split][f["seed"]] is None for f in row["failures"]) for row in rows
+        ]
+        if len(seeds) > 1 or not any(failed):
+            return rows, seeds
+        del rows[failed.index(max(failed))]
+
+
+def _gaps(rows: Sequence[dict[str, Any]], split: Split) -> dict[str, Any]:
     """How far the search's own accuracies lie above those of a split. frontier: the mean of its
-    members, the baseline aside, which nothing selected and which stands beside it."""
-    members = [r for r in rows if "frontier" in r["roles"] and "baseline" not in r["roles"]]
-    gaps = [_minus([r["search"]] * len(r["raw"][split]), r["raw"][split]) for r in members]
-    by_seed = [_mean(of_all) for of_all in zip(*gaps, strict=True)]
-    base = next((r[split] for r in rows if "baseline" in r["roles"]), None)
+    members, the baseline aside, which nothing selected and which stands beside it; bias: how much
+    more that is, paired by seed."""
+    frontier = [r for r in rows if "frontier" in r["roles"] and "baseline" not in r["roles"]]
+    members, seeds = _comparable(frontier, split)
+    raw = [row["raw"][split] for row in members]
+    gaps = [fmean(r["search"] - v[s] for r, v in zip(members, raw, strict=True)) for s in seeds]
+    base = next((r for r in rows if "baseline" in r["roles"] and r[split]), None)
+    pairs = zip(seeds, gaps, strict=True)
+    bias = [
+        gap - (base["search"] - value)
+        for s, gap in pairs
+        if base and (value := base["raw"][split][s]) is not None
+    ]
     return {
         "members": len(members),
-        "frontier": _estimate(by_seed),
-        "baseline": base["gap"] if base else None,
+        "frontier": _estimate(gaps),
+        "baseline": base[split]["gap"] if base else None,
+        "bias": _estimate(bias),
     }
 
 
-def _competes(row: Mapping[str, Any]) -> bool:
-    return bool({"baseline", "frontier"} & set(row["roles"]))
+def _competes(row: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
+    """Where the space varies the backbone, the plain one may be over the budget."""
+    if "baseline" in row["roles"]:
+        return Cost(values=row["cost"]).within(limits)
+    return "frontier" in row["roles"]
 
 
 def _minus(left: Sequence[float | None], right: Sequence[float | None]) -> list[float | None]:
     """Seed by seed; None where one of the two is missing."""
     pairs = zip(left, right, strict=bool(right))
     return [None if a is None or b is None else a - b for a, b in pairs]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [v for v in values if v is not None]
-    return fmean(present) if len(present) == len(values) else None
 
 
 def _estimate(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -53,13 +53,18 @@ def notes(final: Mapping[str, Any]) -> list[str]:
     """What belongs below the table, the selection bias first."""
     seeds, split = final["seeds"], judged_on(final)
     lines = [
-        f"selection bias: the search's val minus the final {s} is "
-        f"{interval(gap['frontier'], seeds, '+')} for the frontier's "
-        f"{counted(gap['members'], 'member')} and {interval(gap['baseline'], seeds, '+')} for the "
-        "plain backbone, which nothing selected"
+        f"the search's val minus the final {s} is {interval(gap['frontier'], seeds, '+')} for "
+        f"{counted(gap['members'], 'member')} of the frontier and "
+        f"{interval(gap['baseline'], seeds, '+')} for the plain backbone, which nothing selected: "
+        f"selection bias {interval(gap['bias'], seeds, '+')}"
         for s in dict.fromkeys((split, "val"))
         if (gap := final["gap"][s])["frontier"]
     ]
+    if lines and not final["same_schedule"]:
+        lines.append(
+            "in both differences, but not in the bias, is that the search trained by `training` "
+            "and the final by `pretrain`"
+        )
     anew = ", the plain backbone trained anew for each" if final["warm_start"] else ""
     lines.append(
         f"{final['done']} of {final['evaluations']} evaluations are done, {final['failed']} of "
@@ -67,6 +72,12 @@ def notes(final: Mapping[str, Any]) -> list[str]:
         "backbone, paired by seed; on the frontier: the probability to be non-dominated under the "
         "seeds' noise"
     )
+    judged = final["judged"].get(split)
+    if judged and seeds > 1 and (judged["seeds"] < seeds or judged["points"] < judged["of"]):
+        lines.append(
+            f"on the frontier: {judged['points']} of {counted(judged['of'], 'point')} are judged, "
+            f"by the {counted(judged['seeds'], 'seed')} that all of them have; others failed"
+        )
     if seeds == 1:
         lines.append("one seed: an anecdote, not yet a finding")
     if seeds == 2:
@@ -91,10 +102,14 @@ def interval(estimate: Mapping[str, Any] | None, seeds: int, sign: str = "") -> 
     """`0.9123 [0.9001, 0.9245]`, with the n where it is not `seeds`; `-` for what is not there."""
     if estimate is None:
         return "-"
-    text = f"{estimate['mean']:{sign}.4f}"
+
+    def digits(value: float) -> str:
+        return f"{round(value, 4) + 0.0:{sign}.4f}"  # a sum with 0.0 is never -0.0
+
+    text = digits(estimate["mean"])
     if estimate["low"] is not None:
         low, high = (estimate["low"], estimate["high"]) if sign else clipped(estimate)
-        text += f" [{low:{sign}.4f}, {high:{sign}.4f}]"
+        text += f" [{digits(low)}, {digits(high)}]"
     return text if estimate["n"] == seeds else f"{text} (n={estimate['n']})"
 
 

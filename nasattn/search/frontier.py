@@ -72,9 +72,10 @@ class FrontierSampler(BaseSampler):
     place of uniform draws that are tested. Parameters with one option Optuna answers by itself.
 
     No trial's parameters are proposed again, whatever its state; Exhausted when nothing is left, or
-    nothing was found in a space too large to be listed. Before a first trial is complete the space
-    may not be known: trials that are asked for together then may have the same parameters. A
-    proposal follows from (seed, the trial's number) and the study's rows.
+    nothing was found in a space too large to be listed: it comes out of `optimize`, and of `ask`,
+    which leaves its trial, the study's last, to be told as failed. Before a first trial is complete
+    the space may not be known: trials that are asked for together then may have the same
+    parameters. A proposal follows from (seed, the trial's number) and the study's rows.
     """
 
     def __init__(
@@ -165,6 +166,10 @@ class FrontierSampler(BaseSampler):
             try:
                 return space.params(self._agreed(study, trial, space, rows, signs))
             except Exhausted as error:
+                if unasked := self._unasked(study):
+                    raise Exhausted(
+                        f"{error}. No trial has asked for {unasked}, which `space` has"
+                    ) from None
                 if beside := self._beside(study, options):
                     raise Exhausted(
                         f"{error}. Only parameters that all trials have are searched, {beside} are "
@@ -176,7 +181,7 @@ class FrontierSampler(BaseSampler):
                         "finite for some, which counts as not feasible"
                     ) from None
                 raise
-            except LookupError:
+            except LookupError as error:
                 every = self.infer_relative_search_space(study, trial)
                 if hidden := sorted(every.keys() - options.keys()):
                     raise ValueError(
@@ -184,6 +189,11 @@ class FrontierSampler(BaseSampler):
                         "all that costs are functions of; allowed: to fix them by "
                         "study.enqueue_trial, or by one option each in `space`"
                     ) from None
+                if self.space is not None:
+                    raise ValueError(
+                        f"a cost or constraint has not found {error}; `space` has the parameters "
+                        f"{sorted(options)}"
+                    ) from error
                 raise
 
     def _beside(self, study: Study, options: Collection[str]) -> list[str]:
@@ -192,6 +202,12 @@ class FrontierSampler(BaseSampler):
         if self.space is not None or not complete or complete[-1].params.keys() <= set(options):
             return []
         return sorted({name for t in complete for name in t.params}.difference(options))
+
+    def _unasked(self, study: Study) -> list[str]:
+        """What `space` has and no trial."""
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        asked = {name for trial in complete for name in trial.params}
+        return sorted(set(self.space or ()) - asked) if complete else []
 
     def _agreed(
         self, study: Study, trial: FrozenTrial, space: Space, rows: Trials, signs: Sequence[int]

@@ -239,6 +239,8 @@ class Space:
             left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
             if left:
                 return self.rng.choice(left)
+            if all(map(self.violation, itertools.product(*axes))):
+                raise Exhausted(f"the constraints leave none of the space's {self.size:,} rows")
             raise Exhausted(
                 f"no feasible parameters are left that are not among the study's trials: "
                 f"{len(seen)} rows of a space of {self.size:,}"

@@ -236,7 +236,7 @@ class Search:
         about = f", in about {duration(estimate / workers)}" if estimate else ""
         self.display.ends = time.monotonic() + estimate / workers if estimate else None
         final = ", then the final" if self.experiment.final else ""
-        note(f"{togo}{about}{final}; Ctrl-C stops, the same command goes on")
+        note(f"{togo}{about}{final}; Ctrl-C stops, {self.display.again} goes on")
 
     def _estimate(self, trainings: float, *, prepare: bool) -> float:
         """Seconds; zero where a few steps of an untrained network do not tell, or where another

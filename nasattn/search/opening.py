@@ -201,6 +201,8 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
         what, why, key = "the images have changed", MIXED, "files"
         if then.get("digest") == now.get("digest"):
             what, why, key = "other images can be read", "", "readable"
+            if then["readable"] == now.get("readable"):
+                what = "images have other contents"
         raise UserError(
             f"data.root: {what} since the study '{study.name}' began ({then[key]:,} then, "
             f"{now.get(key, 0):,} now): {why}new trials would be judged by other images than old "
@@ -226,7 +228,7 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
 
 def same_images(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether images are those that a study knows, as far as it does."""
-    return all(now.get(key) == then[key] for key in ("digest", "read") if key in then)
+    return all(now.get(key) == then[key] for key in ("digest", "read", "contents") if key in then)
 
 
 def _begins(study: Study, edits: Sequence[str], lost: Sequence[str]) -> bool:

@@ -13,7 +13,15 @@ from nasattn.errors import DataFailed, Stopped, TrialFailed
 from nasattn.evaluate.candidate import Evaluator, load_training, score_test
 from nasattn.record import Cost, counted
 from nasattn.search.display import Display, duration
-from nasattn.search.final import FINAL, Contender, Evaluation, contenders, evaluations, progress
+from nasattn.search.final import (
+    FINAL,
+    Contender,
+    Evaluation,
+    contenders,
+    evaluations,
+    in_full,
+    progress,
+)
 from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.outage import Machine, patiently
 from nasattn.search.slots import take_training
@@ -216,15 +224,6 @@ class Retraining:
             backbones = sum(not self.evaluators[seed].stored for seed in {s for _, s in left})
         epochs = len(left) * schedule.epochs + backbones * self.experiment.pretrain.epochs
         return epoch * epochs, backbones
-
-
-def in_full(experiment: Experiment) -> Experiment:
-    """The experiment with one training an evaluation, by the full schedule: the candidates' own
-    from the plain backbone, without a warm start `pretrain`'s."""
-    training = experiment.training
-    whole = {} if training.warm_start else experiment.pretrain.model_dump()
-    update = {"training": training.model_copy(update={**whole, "seeds": 1})}
-    return experiment.model_copy(update=update)
 
 
 def evaluator_of(

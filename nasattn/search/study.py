@@ -113,11 +113,7 @@ class Study:
         """The scored trials that no other dominates, best accuracy last. Where the space varies the
         backbone, the plain one may be over the budget: it is no candidate then."""
         limits = self.facts["limits"]
-        scored = [
-            trial
-            for trial in trials or self.trials
-            if trial.score and all(trial.cost.values[m] <= limits[m] for m in limits)
-        ]
+        scored = [t for t in trials or self.trials if t.score and t.cost.within(limits)]
         if not scored:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
@@ -247,11 +243,14 @@ class Study:
         evaluated before it left the frontier. A row has for `val` and `test` the mean with its 95 %
         interval and n; paired by seed the `gain` over the baseline and `over_control`; the `gap`
         from the search's own accuracy down to it; and `membership`, the probability to be
-        non-dominated, once all is done by two seeds or more.
+        non-dominated, once all is done by two seeds or more: of the members and of a baseline that
+        the budget allows. `judged`: of how many points and seeds; `gap`: how far the frontier fell,
+        and the baseline, and how much farther the one than the other (`bias`).
         """
         trials = trials or self.trials
         stored = evaluations(self.optuna.user_attrs)
-        return summarise(self.config, trials, self.frontier(trials), stored)
+        limits = self.facts["limits"]
+        return summarise(self.config, limits, trials, self.frontier(trials), stored)
 
     def final_progress(
         self, trials: Sequence[Trial], stored: Mapping[tuple[str, int], Evaluation] | None = None

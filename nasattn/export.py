@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from nasattn import __version__
 from nasattn.config import ImageFolder
-from nasattn.data.image_folder import MARGIN, normalisation
+from nasattn.data.image_folder import normalisation
+from nasattn.data.images import MARGIN
 from nasattn.document import dump_yaml
 from nasattn.errors import UserError, first_few
 from nasattn.evaluate.candidate import facts_of
@@ -311,7 +312,7 @@ def _final(study: Study, trial: Trial) -> str:
     )
 
 
-# The same as nasattn.data.image_folder does it: a test holds the two together.
+# The same as nasattn.data.images does it: a test holds the two together.
 PREPARED = """
 ```python
 import numpy as np

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+INTERRUPTED = 130  # Typer's code for Ctrl-C where no command has an answer of its own
+
 app = typer.Typer(
     help="Find where to place light non-local attention in a mobile network, within a budget.",
     no_args_is_help=True,
@@ -561,6 +563,11 @@ def main() -> None:
         sys.exit(2)
     except (TrialFailed, Stopped) as error:
         print(f"nasattn: {error}", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        print("\nnasattn: stopped", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         from nasattn.search.outage import broken_database, full, full_disk

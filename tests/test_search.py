@@ -1435,6 +1435,21 @@ def test_the_command_has_cublas_repeat_itself(monkeypatch: pytest.MonkeyPatch) -
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+def test_ctrl_c_while_a_command_loads_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the exit code of all that is neither done nor wrong input, and no traceback."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_experiment", interrupted)
+    monkeypatch.setattr(sys, "argv", ["nasattn", "search", "some.yaml"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1 and capsys.readouterr().err == "\nnasattn: stopped\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("arguments", [("blocks", "--json"), ("cost", "--help")])
 def test_a_full_disk_under_the_output_is_told_in_a_line(arguments: tuple[str, ...]) -> None:

@@ -61,10 +61,11 @@ def insert(module: nn.Module, placements: Mapping[str, str], example: Tensor) ->
     (N, C, H, W) map. A UserError names a path that is unknown, is not run exactly once, or whose
     output is no such map.
     """
-    specs = placements.values() if isinstance(placements, Mapping) else [placements]
-    if odd := [spec for spec in specs if not isinstance(spec, str)]:
+    if not isinstance(placements, Mapping) or not all(
+        isinstance(spec, str) for spec in placements.values()
+    ):
         raise UserError(
-            f"placements: got {odd[0]!r}; allowed: module path -> block spec, such as "
+            f"placements: got {placements!r}; allowed: module path -> block spec, such as "
             '{"features.3": "lightnl(ratio=0.25)"}'
         )
     if not isinstance(example, Tensor):

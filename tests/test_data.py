@@ -567,6 +567,10 @@ def test_what_is_judged_by_images_of_the_training_is_told(tmp_path: Path) -> Non
     assert note == (
         "1 image of a class is in another as well, byte for byte (val/b/same.png is val/a/00.png)"
     )
+    shutil.copy(root / "train/a/01.png", root / "val/b/other.png")
+    notes = folder(root).notes
+    assert not any("of val are in train" in note for note in notes), "that is no flattery"
+    assert sum("2 images of a class are in another" in note for note in notes) == 1
     shutil.rmtree(root / "val")
     (root / "val").symlink_to(root / "train")
     notes = [note for note in folder(root).notes if "are in train as well" in note]
@@ -644,7 +648,11 @@ def test_a_class_missing_in_val_is_noted(tmp_path: Path) -> None:
         ({"train/a": 2, "train/b": 2}, {}, "has train/ but no val/; add val/"),
         ({**SPLITS, "val/aa": 1}, {}, r"val/ has the class 'aa'.*did you mean 'a'\?"),
         ({"a": 9, "b": 0}, {}, "no image to train on for the class b; add images"),
-        ({"a": 9, "b": 0}, {"classes": 1}, r"class folders in .*: 2 \(a, b\).*; no image is in b$"),
+        (
+            {"a": 9, "b": 0},
+            {"classes": 1},
+            r"class folders in .*: 2 \(a, b\).*; there is nothing in b$",
+        ),
         (SPLITS, {"size": 9}, r"data.size: got 9, .* says input: \[1, 8, 8\]; leave size out"),
         (
             SPLITS,

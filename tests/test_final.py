@@ -314,8 +314,8 @@ def test_one_that_fails_again_and_again_takes_nothing_from_the_others(study: Stu
     fill(study)
     whole = study.final()
     assert whole is not None
-    points = sum(r["test"]["membership"] is not None for r in whole["rows"])
-    assert whole["judged"]["test"] == {"points": points, "of": points, "seeds": 3}
+    points = [r["key"] for r in whole["rows"] if r["test"]["membership"] is not None]
+    assert whole["judged"]["test"] == {"rivals": points, "points": points, "seeds": 3}
     members = [t for t in study.frontier() if not t.baseline]
     for seed in (0, 1):
         evaluate(study, members[0].architecture, seed, reason="oops")
@@ -328,15 +328,60 @@ def test_one_that_fails_again_and_again_takes_nothing_from_the_others(study: Stu
         [r["test"]["values"] for r in judged],
         seed=derive(study.config.search.seed, "final"),
     )
-    assert final["judged"]["test"] == {"points": points - 1, "of": points, "seeds": 3}
+    key, number = members[0].architecture.key, members[0].number
+    others = [k for k in points if k != key]
+    assert final["judged"]["test"] == {"rivals": points, "points": others, "seeds": 3}
     assert final["gap"]["test"]["members"] == len(members) - 1
     assert final["gap"]["test"]["frontier"]["n"] == final["gap"]["test"]["bias"]["n"] == 3
     text = "\n".join(final_text.notes(final))
-    assert f"{points - 1} of {points} points are judged, by the 3 seeds" in text
+    assert f"by 3 seeds, which all that is compared has; left out, as it failed: {number}\n" in text
     evaluate(study, members[1].architecture, 2, reason="oops")
     final = study.final()
     assert final is not None
-    assert final["judged"]["test"] == {"points": points - 1, "of": points, "seeds": 2}
+    assert final["judged"]["test"] == {"rivals": points, "points": others, "seeds": 2}
+
+
+def test_the_baseline_is_the_last_to_be_left_out(study: Study) -> None:
+    """One seed of it failed, and another of a member: without it, the others would look better."""
+    fill(study)
+    plain, *_, last = study.frontier()
+    assert plain.baseline
+    evaluate(study, plain.architecture, 0, reason="oops")
+    evaluate(study, last.architecture, 1, reason="oops")
+    final = study.final()
+    assert final is not None
+    judged = final["judged"]["test"]
+    assert judged["seeds"] == 2 and plain.architecture.key in judged["points"]
+    assert set(judged["rivals"]) - set(judged["points"]) == {last.architecture.key}
+
+
+def test_a_seed_that_nothing_survived_leaves_the_others(study: Study) -> None:
+    """Its backbone could not be trained: to leave out what failed would leave nothing."""
+    fill(study)
+    for lost in (1, 2):
+        for contender in contenders(study.trials, study.frontier()):
+            evaluate(study, contender.architecture, lost, reason="no backbone")
+        final = study.final()
+        assert final is not None
+        gap = final["gap"]["test"]
+        assert gap["frontier"]["n"] == gap["bias"]["n"] == 3 - lost
+        assert gap["members"] == len(study.frontier()) - 1
+        told = [r["test"]["membership"] is None for r in final["rows"] if _rival(r)]
+        assert set(told) == {lost == 2}, "one seed does not tell its noise"
+    assert any("selection bias" in line for line in final_text.notes(final))
+
+
+def _rival(row: dict[str, Any]) -> bool:
+    return bool({"baseline", "frontier"} & set(row["roles"]))
+
+
+def test_a_backbone_that_nothing_beat_is_judged_without_test(fake_study: FakeStudy) -> None:
+    study = fake_study(1, failures=0, final={"seeds": 2, "test": False})
+    for seed in range(2):
+        evaluate(study, study.trials[0].architecture, seed, val=0.5)
+    final = study.final()
+    assert final is not None and final["done"] == final["evaluations"] == 2
+    assert final["rows"][0]["val"]["membership"] == 1.0 and final["rows"][0]["test"] is None
 
 
 def test_a_backbone_over_the_budget_is_no_rival(study: Study) -> None:
@@ -361,7 +406,7 @@ def test_what_another_schedule_does_is_no_selection_bias(
 ) -> None:
     """Without a warm start the final trains by `pretrain`: the difference is in the backbone's
     fall as well, and it is said."""
-    note = "the search trained by `training`"
+    note = "the search trained by `training` and the final by `pretrain`"
     fill(study)
     alone = {"warm_start": False, "seeds": 3}
     other = fake_study(24, final={"seeds": 3}, training=alone, pretrain={"epochs": 9})

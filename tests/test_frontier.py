@@ -1069,7 +1069,10 @@ def test_costs_that_are_never_finite_are_named_when_nothing_is_left() -> None:
 
 def test_what_space_has_and_no_trial_asks_for_is_named() -> None:
     asked = {"site": CategoricalDistribution([1, 2, 3])}
-    space = asked | {"more": CategoricalDistribution(["x", "y"])}
+    space = asked | {
+        "more": CategoricalDistribution(["x", "y"]),
+        "one": CategoricalDistribution([1]),
+    }
     study = study_of(FrontierSampler({1: lambda p: p["site"]}, space=space))
     with pytest.raises(Exhausted, match=r"No trial has asked for \['more'\], which `space` has"):
         for _ in range(50):
@@ -1078,8 +1081,11 @@ def test_what_space_has_and_no_trial_asks_for_is_named() -> None:
 
 def test_what_space_lacks_is_named() -> None:
     first, *_ = SPACE
+    study = study_of(FrontierSampler({1: lambda p: {}[3]}, space=SPACE))
+    with pytest.raises(KeyError, match="3"):  # of a table of the user's own
+        study.ask(SPACE)
     study = study_of(FrontierSampler({1: lambda p: p["lacking"]}, space=SPACE))
-    with pytest.raises(ValueError, match=rf"has not found 'lacking'; `space` has .*'{first}'"):
+    with pytest.raises(ValueError, match=rf"asks for 'lacking'; `space` has .*'{first}'"):
         study.ask(SPACE)
 
 

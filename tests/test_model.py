@@ -387,7 +387,7 @@ def test_what_cannot_be_inserted(places: dict[str, str], message: str, images: T
     assert all(m.training and not m._forward_hooks for m in network.modules())
 
 
-@pytest.mark.parametrize("odd", [["features.0"], {"features.0": {"lightnl": {}}}, None])
+@pytest.mark.parametrize("odd", ["se", ["features.0"], {"features.0": {"lightnl": {}}}, None])
 def test_what_are_no_placements_is_told(odd: Any, images: Tensor) -> None:
     with pytest.raises(UserError, match=r"placements: got .*; allowed: module path -> block spec"):
         insert(Foreign(), odd, images)

@@ -41,6 +41,7 @@ from nasattn.data import load
 from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError
 from nasattn.evaluate import candidate
 from nasattn.evaluate.candidate import facts_of, store
+from nasattn.evaluate.checkpoint import State, copies, held
 from nasattn.evaluate.train import Tick
 from nasattn.model import build
 from nasattn.pareto import non_dominated
@@ -856,6 +857,60 @@ def test_a_backbone_of_another_trainer_is_not_used(write: Write) -> None:
     facts = {k: v for k, v in facts_of(kept).items() if k not in ("trainer", "contents")}
     store(kept, load_file(kept), facts)
     assert searching(write()).evaluator.stored
+    store(kept, load_file(kept), {})
+    assert not searching(write()).evaluator.stored, "it says nothing of itself"
+
+
+def test_a_checkpoint_of_other_contents_is_not_gone_on_with(write: Write, photos: Path) -> None:
+    path = write(data={"name": "image_folder", "root": str(photos)}, space=SPACE | {"classes": 2})
+    photo = photos / "0" / "0.png"
+    Image.new("L", (8, 8)).save(photo, "bmp")
+    evaluator = searching(path).evaluator
+    network = build(evaluator.plain)
+
+    def checkpoints() -> candidate.Checkpoints:
+        evaluator = searching(path).evaluator
+        made = evaluator._checkpoints(
+            evaluator.training, evaluator.plain, evaluator.experiment.pretrain, 0
+        )
+        assert made is not None
+        return made
+
+    kept = checkpoints()
+    state = State(tensors=copies("network", held(network)))
+    kept.write("trunk", state)
+    assert checkpoints().read("trunk", network) is not None
+    Image.new("L", (8, 8), 255).save(photo, "bmp")
+    assert checkpoints().read("trunk", network) is None
+    earlier = {k: v for k, v in kept.belongs.items() if k != "contents"}
+    replace(kept, belongs=earlier).write("trunk", state)
+    assert checkpoints().read("trunk", network) is not None, "of an earlier version"
+
+
+def test_limits_that_an_earlier_version_rounded_otherwise_are_taken_anew(write: Write) -> None:
+    """Else what is exactly at the limit would be trained, and be on no frontier."""
+    path = write()
+    study = by_formula(path, 2)
+    facts, limits = study.facts, dict(study.facts["limits"])
+    off = {metric: limit * (1 - 1e-15) for metric, limit in limits.items()}
+    study.optuna.set_user_attr(FACTS, {**facts, "limits": off})
+    assert off != limits and searching(path).study.facts["limits"] == limits
+
+
+def test_after_new_study_it_is_resume_that_goes_on(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def interrupted(search: Search, total: int) -> None:
+        said.append(search.display.again)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "run", interrupted)
+    for options, again in (([], "the same command"), (["--new-study"], "nasattn resume --study")):
+        run = CliRunner().invoke(cli.app, ["search", str(write()), *options])
+        assert run.exit_code == 1 and said[-1].startswith(again)
+        assert f"stopped; what is finished is kept, {said[-1]} goes on" in run.output
 
 
 def test_what_is_remarked_is_said_once_and_kept_in_each_row(

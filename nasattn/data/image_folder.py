@@ -8,7 +8,6 @@ lies in train and, byte for byte, in val or test as well is told.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +61,13 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
         notes.append(f"passed over, as no images of a class: {kinds}")
     splits = _split(files, config, notes)
     stamps = {path: _stamp(path) for part in splits.values() for path, _ in part}
-    checked = _checked(stamps, config.root)
-    faults = {path: fault for path, (fault, _) in checked.items()}
-    contents = {path: content for path, (_, content) in checked.items()}
+    faults, contents = _checked(stamps, config.root)
     notes += _report(faults, config)
     listed = _listed(splits, config.root)
     splits = {name: [file for file in part if not faults[file[0]]] for name, part in splits.items()}
     notes += _check_cover(splits, names, config.root)
     notes += _shared(splits, contents, config.root)
+    read = _listed(splits, config.root)
     train, val, test = (
         Images(
             paths=[path for path, _ in splits[name]],
@@ -92,12 +91,8 @@ def load(config: ImageFolder, input: Shape, classes: int) -> Data:
             "files": len(faults),
             "digest": _digest(listed),
             "readable": sum(map(len, splits.values())),
-            "read": _digest(
-                [(*row, stamps[config.root / row[1]][0]) for row in _listed(splits, config.root)]
-            ),
-            "contents": _digest(
-                [(row[1], contents[config.root / row[1]]) for row in _listed(splits, config.root)]
-            ),
+            "read": _digest([(*row, stamps[config.root / row[1]][0]) for row in read]),
+            "contents": _digest([(row[1], contents[config.root / row[1]]) for row in read]),
             "names": names,
         },
     )
@@ -190,11 +185,13 @@ def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
         )
     if len(names) != classes:
         shown = first_few(names, NAMED)
-        empty = [name for name in names if not any(map(_by_name, _visible(where / name)))]
+        empty = [
+            name for name in names if os.access(where / name, os.R_OK) and not _inside(where / name)
+        ]
         raise UserError(
             f"data.root: class folders in {where}: {len(names)} ({shown}), but the space "
             f"says classes: {classes}; write classes: {len(names)} in the space, or check the root"
-            + (f"; no image is in {first_few(empty, NAMED)}" if empty else "")
+            + (f"; there is nothing in {first_few(empty, NAMED)}" if empty else "")
         )
     for part, folder in folders.items():
         for path in _inside(folder):
@@ -222,18 +219,13 @@ def _visible(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
     return found
 
 
-def _by_name(path: Path) -> bool:
-    """Whether it is an image by its name's extension."""
-    return path.suffix.lower() in EXTENSIONS
-
-
 def _list(folder: Path, names: Sequence[str], passed_over: Counter[str]) -> Files:
     """The images of the class folders in sorted order; counts what else is there by its kind."""
     labels = {name: label for label, name in enumerate(names)}
     files: Files = []
     for path in _visible(folder):
         first, *rest = path.relative_to(folder).parts
-        if not _by_name(path):
+        if path.suffix.lower() not in EXTENSIONS:
             passed_over[path.suffix.lower() or "no extension"] += 1
         elif not rest:
             passed_over["outside the class folders"] += 1
@@ -263,8 +255,8 @@ def _split(files: Mapping[str, Files], config: ImageFolder, notes: list[str]) ->
     return given | {name: [whole[i] for i in part] for name, part in drawn.items()}
 
 
-def _checked(stamps: Mapping[Path, Stamp], root: Path) -> dict[Path, tuple[str, str]]:
-    """Path -> why it cannot be decoded, or "" where it can, and a digest of its bytes.
+def _checked(stamps: Mapping[Path, Stamp], root: Path) -> tuple[dict[Path, str], dict[Path, str]]:
+    """Path -> why it cannot be decoded, or "" where it can; and path -> a digest of its bytes.
 
     Every file is really decoded, unless an earlier run, whose check took long, found it good and
     its size and time of change are still the same.
@@ -278,11 +270,13 @@ def _checked(stamps: Mapping[Path, Stamp], root: Path) -> dict[Path, tuple[str, 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the pixels are what is judged
         looked = dict(zip(new, pool.map(_check, new), strict=True))
-    checked = {path: looked.get(path) or ("", good[lines[path]]) for path in stamps}
+    faults, contents = dict[Path, str](), dict[Path, str]()
+    for path in stamps:
+        faults[path], contents[path] = looked.get(path) or ("", good[lines[path]])
     if time.monotonic() - start > SLOW:
-        kept = {lines[path]: content for path, (fault, content) in checked.items() if not fault}
+        kept = {lines[path]: contents[path] for path in stamps if not faults[path]}
         _remember(memory.expanduser(), kept)
-    return checked
+    return faults, contents
 
 
 def _stamp(path: Path) -> Stamp:
@@ -312,7 +306,8 @@ def _remember(memory: Path, stamps: Mapping[str, str]) -> None:
 def _check(path: Path) -> tuple[str, str]:
     content = ""
     try:
-        content = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8)).hexdigest()
         decode(path, 3)
     except Exception as error:  # a decoder may raise anything on a damaged file
         return f"{type(error).__name__}: {error}", content
@@ -338,28 +333,31 @@ def _report(faults: Mapping[Path, str], config: ImageFolder) -> list[str]:
 
 
 def _shared(splits: Mapping[str, Files], contents: Mapping[Path, str], root: Path) -> list[str]:
-    """Notes of equal files: of a split that holds images of train, which were learned by heart, and
-    of classes that share images."""
-    trained = {contents[path]: path for path, _ in splits["train"]}
-    notes, first = [], dict[str, tuple[Path, int]]()
-    twins = [
-        (path, first[content][0])
-        for path, label in sorted(itertools.chain.from_iterable(splits.values()))
-        if first.setdefault(content := contents[path], (path, label))[1] != label
-    ]
+    """Notes of equal files: of what val or test share with train, which was learned by heart, and
+    of what lies in two classes."""
+    kinds, trained = dict[str, tuple[Path, int]](), {contents[p]: p for p, _ in splits["train"]}
+    twins = []  # of an image of another class
+    again: dict[str, list[Path]] = {"val": [], "test": []}
+    for part, files in splits.items():
+        for path, label in files:
+            first, other = kinds.setdefault(contents[path], (path, label))
+            if label != other:
+                twins.append((path, first))
+            elif part != "train" and contents[path] in trained:
+                again[part].append(path)
+    notes = []
     if twins:
-        one, other = (path.relative_to(root) for path in twins[0])
+        one, other_one = (path.relative_to(root) for path in twins[0])
         notes.append(
             f"{counted(len(twins), 'image')} of a class {'is' if len(twins) == 1 else 'are'} in "
-            f"another as well, byte for byte ({one} is {other})"
+            f"another as well, byte for byte ({one} is {other_one})"
         )
-    for part in ("val", "test"):
-        again = [path for path, _ in splits[part] if contents[path] in trained]
-        if again:
-            twin = trained[contents[again[0]]]
+    for part, paths in again.items():
+        if paths:
+            twin = trained[contents[paths[0]]]
             notes.append(
-                f"{len(again)} of {len(splits[part])} images of {part} are in train as well, byte "
-                f"for byte ({again[0].relative_to(root)} is {twin.relative_to(root)}): its "
+                f"{len(paths)} of {len(splits[part])} images of {part} are in train as well, byte "
+                f"for byte ({paths[0].relative_to(root)} is {twin.relative_to(root)}): its "
                 "accuracy is flattered"
             )
     return notes

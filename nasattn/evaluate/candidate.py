@@ -236,6 +236,7 @@ class Evaluator:
             "schedule": schedule.model_dump(mode="json"),
             "seed": seed,
             "data": self._data(),
+            "contents": self.data.facts.get("contents"),
             "trainer": self.experiment.as_dict()["trainer"],
             **more,
         }
@@ -256,7 +257,7 @@ class Evaluator:
         return {"from": json.dumps(what, sort_keys=True)}
 
     def _more(self) -> dict[str, str]:
-        """As `_facts`: what weights of earlier versions say nothing of."""
+        """More of it, compared only where the stored weights have it: of earlier versions not."""
         contents = self.data.facts.get("contents")
         more = {"trainer": self.experiment.as_dict()["trainer"], "contents": contents}
         return {key: json.dumps(value, sort_keys=True) for key, value in more.items()}

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from nasattn.files import Files, whole
 
 FORMAT = 1
+LATER = ("contents",)  # of what a training is a function of, what earlier versions did not tell
 STEP = "step"  # a file beside the checkpoints: the last step that was done, where one is under way
 Point = Mapping[str, float]  # accuracies on the validation split: accuracy, top5
 
@@ -85,7 +86,8 @@ class Checkpoints:
             if metadata.get("checksum") != _checksum(tensors, metadata.get("state", "")):
                 raise ValueError("it is damaged: its checksum does not fit")
             text = json.loads(metadata["state"])
-            if text["belongs"] != self._belongs():
+            wanted = self._belongs()
+            if {k: wanted[k] for k in LATER if k in wanted} | text["belongs"] != wanted:
                 raise ValueError("it belongs to another training")
             facts = text["facts"] | {"points": tuple(text["facts"]["points"])}
             state = State(**facts, tensors=tensors)

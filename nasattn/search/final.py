@@ -231,32 +231,42 @@ def _figures(
 
 def _judge(
     rivals: Sequence[dict[str, Any]], split: Split, costs: Sequence[str], seed: int
-) -> dict[str, int]:
-    """Fill in the membership probabilities; of how many points, and from how many seeds."""
+) -> dict[str, Any]:
+    """Fill in the membership probabilities; of which points, and from how many seeds."""
     rows, seeds = _comparable(rivals, split)
     accuracies = [[row["raw"][split][s] for s in seeds] for row in rows]
     prices = [[float(row["cost"][m]) for m in costs] for row in rows]
-    shares = membership(prices, accuracies, seed=seed) if rows else None
-    for row, share in zip(rows, shares or [], strict=False):
-        row[split]["membership"] = share
-    return {"points": len(rows), "of": len(rivals), "seeds": len(seeds)}
+    if seeds and (shares := membership(prices, accuracies, seed=seed)):
+        for row, share in zip(rows, shares, strict=True):
+            row[split]["membership"] = share
+    keys = {name: [r["key"] for r in of] for name, of in (("rivals", rivals), ("points", rows))}
+    return {**keys, "seeds": len(seeds)}
 
 
 def _comparable(
     rows: Sequence[dict[str, Any]], split: Split
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows that can be compared, and the seeds that all of them have. Where that is less than
-    two, what has failed most is left out, one row after the other."""
-    rows = list(rows)
-    while True:
+    """The rows that can be compared, and the seeds that all of them have. What has failed by all
+    seeds is left out; and where the rest has less than two in common, and that helps, what has
+    failed by most of them, one row after the other, but no baseline that has two."""
+
+    def shared(rows: Sequence[dict[str, Any]]) -> list[int]:
         columns = enumerate(zip(*(row["raw"][split] for row in rows), strict=True))
-        seeds = [s for s, column in columns if None not in column]
-        failed = [
-            sum(row["raw"][split][f["seed"]] is None for f in row["failures"]) for row in rows
-        ]
-        if len(seeds) > 1 or not any(failed):
-            return rows, seeds
-        del rows[failed.index(max(failed))]
+        return [s for s, column in columns if None not in column]
+
+    def missed(row: dict[str, Any]) -> int:
+        found = [row["raw"][split][f["seed"]] for f in row["failures"]]
+        keeps = "baseline" in row["roles"] and len(shared([row])) > 1
+        return 0 if keeps else found.count(None)
+
+    all_of_them = [row for row in rows if missed(row) < len(row["raw"][split])]
+    kept = list(all_of_them)
+    while len(seeds := shared(kept)) < 2:
+        worst = max(reversed(kept), key=missed, default=None)
+        if worst is None or not missed(worst):
+            return all_of_them, shared(all_of_them)
+        kept.remove(worst)
+    return kept, seeds
 
 
 def _gaps(rows: Sequence[dict[str, Any]], split: Split) -> dict[str, Any]:
@@ -268,12 +278,8 @@ def _gaps(rows: Sequence[dict[str, Any]], split: Split) -> dict[str, Any]:
     raw = [row["raw"][split] for row in members]
     gaps = [fmean(r["search"] - v[s] for r, v in zip(members, raw, strict=True)) for s in seeds]
     base = next((r for r in rows if "baseline" in r["roles"] and r[split]), None)
-    pairs = zip(seeds, gaps, strict=True)
-    bias = [
-        gap - (base["search"] - value)
-        for s, gap in pairs
-        if base and (value := base["raw"][split][s]) is not None
-    ]
+    plain = _minus([base["search"]] * len(base["raw"][split]), base["raw"][split]) if base else []
+    bias = _minus(gaps, [plain[s] for s in seeds] if base else [])
     return {
         "members": len(members),
         "frontier": _estimate(gaps),

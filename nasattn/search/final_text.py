@@ -62,8 +62,8 @@ def notes(final: Mapping[str, Any]) -> list[str]:
     ]
     if lines and not final["same_schedule"]:
         lines.append(
-            "in both differences, but not in the bias, is that the search trained by `training` "
-            "and the final by `pretrain`"
+            "the search trained by `training` and the final by `pretrain`: that is in both "
+            "differences, and in the bias as far as it does more for the one than for the other"
         )
     anew = ", the plain backbone trained anew for each" if final["warm_start"] else ""
     lines.append(
@@ -73,11 +73,15 @@ def notes(final: Mapping[str, Any]) -> list[str]:
         "seeds' noise"
     )
     judged = final["judged"].get(split)
-    if judged and seeds > 1 and (judged["seeds"] < seeds or judged["points"] < judged["of"]):
-        lines.append(
-            f"on the frontier: {judged['points']} of {counted(judged['of'], 'point')} are judged, "
-            f"by the {counted(judged['seeds'], 'seed')} that all of them have; others failed"
-        )
+    if judged and seeds > 1:
+        rivals = [r for r in final["rows"] if r["key"] in judged["rivals"]]
+        out = [_name(r) for r in rivals if r["key"] not in judged["points"]]
+        if out or judged["seeds"] < seeds:
+            but = f"; left out, as it failed: {', '.join(out)}" if out else ""
+            lines.append(
+                f"on the frontier: by {counted(judged['seeds'], 'seed')}, which all that is "
+                f"compared has{but}"
+            )
     if seeds == 1:
         lines.append("one seed: an anecdote, not yet a finding")
     if seeds == 2:

@@ -189,9 +189,10 @@ class FrontierSampler(BaseSampler):
                         "all that costs are functions of; allowed: to fix them by "
                         "study.enqueue_trial, or by one option each in `space`"
                     ) from None
-                if self.space is not None:
+                lacking = error.args[0] if isinstance(error, KeyError) and error.args else None
+                if self.space is not None and isinstance(lacking, str) and lacking not in options:
                     raise ValueError(
-                        f"a cost or constraint has not found {error}; `space` has the parameters "
+                        f"a cost or constraint asks for '{lacking}'; `space` has the parameters "
                         f"{sorted(options)}"
                     ) from error
                 raise
@@ -204,10 +205,11 @@ class FrontierSampler(BaseSampler):
         return sorted({name for t in complete for name in t.params}.difference(options))
 
     def _unasked(self, study: Study) -> list[str]:
-        """What `space` has and no trial."""
+        """What `space` has to choose and no trial."""
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         asked = {name for trial in complete for name in trial.params}
-        return sorted(set(self.space or ()) - asked) if complete else []
+        several = {name for name, options in (self.space or {}).items() if len(options.choices) > 1}
+        return sorted(several - asked) if complete else []
 
     def _agreed(
         self, study: Study, trial: FrozenTrial, space: Space, rows: Trials, signs: Sequence[int]

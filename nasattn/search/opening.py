@@ -209,9 +209,12 @@ def _grow(study: Study, experiment: Experiment, facts: Mapping[str, Any]) -> str
             f"ones. Put them back to go on with it, or start another study: {ANOTHER}."
         )
     if not edits and new["choices"] == old["choices"]:
-        if now.keys() - then.keys():
+        # Of an earlier version: it did not know images by as much, and rounded limits otherwise.
+        anew = ["limits", "reference"] + ["images"] * bool(now.keys() - then.keys())
+        fresh = {**old, **{key: new[key] for key in anew}}
+        if fresh != old:
             with suppress(UserError):  # another process was quicker
-                take({**old, "images": now})
+                take(fresh)
         return ""
     news = gains(old, new) or ("" if moved else "reordered")
     said = [f"the space has grown ({news}): all trials stay"] if news else []

@@ -244,8 +244,8 @@ class Study:
         interval and n; paired by seed the `gain` over the baseline and `over_control`; the `gap`
         from the search's own accuracy down to it; and `membership`, the probability to be
         non-dominated, once all is done by two seeds or more: of the members and of a baseline that
-        the budget allows. `judged`: of how many points and seeds; `gap`: how far the frontier fell,
-        and the baseline, and how much farther the one than the other (`bias`).
+        the budget allows. `judged`: by how many seeds, and who is left out of these `rivals`;
+        `gap`: how far the frontier fell, and the baseline, and how much farther the one (`bias`).
         """
         trials = trials or self.trials
         stored = evaluations(self.optuna.user_attrs)

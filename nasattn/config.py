@@ -87,10 +87,10 @@ class Limit(Strict):
 
     def resolve(self, plain: int | float) -> float:
         """The limit in base units, where the plain backbone costs `plain`."""
+        if not self.relative:
+            return self.value
         # In decimals: 1.15 * 100 is less than 115 in floating point, and 115 would not fit.
-        return (
-            float(Decimal(repr(self.value)) * Decimal(str(plain))) if self.relative else self.value
-        )
+        return float(Decimal(str(self.value)) * Decimal(str(plain)))
 
 
 def mistaken(limit: float, plain: float) -> str:

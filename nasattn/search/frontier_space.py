@@ -236,10 +236,10 @@ class Space:
                 [self.fixed[i]] if i in self.fixed else list(range(len(o)))
                 for i, o in enumerate(self.options.values())
             ]
-            left = [r for r in itertools.product(*axes) if r not in seen and not self.violation(r)]
-            if left:
+            fitting = [row for row in itertools.product(*axes) if not self.violation(row)]
+            if left := [row for row in fitting if row not in seen]:
                 return self.rng.choice(left)
-            if all(map(self.violation, itertools.product(*axes))):
+            if not fitting:
                 raise Exhausted(f"the constraints leave none of the space's {self.size:,} rows")
             raise Exhausted(
                 f"no feasible parameters are left that are not among the study's trials: "

@@ -54,6 +54,8 @@ def print_frontier(study: "Study") -> None:
         name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
         table.add_row(name, score, *costs, in_words(study.config.space, trial.architecture))
     console().print(table)
+    if study.final_means(trials):
+        print("knee: by the final's means on val")
     if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
         print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")
 

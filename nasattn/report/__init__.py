@@ -247,8 +247,8 @@ def _frame_cells(axes: Axes, specs: Sequence[str], sites: Sequence[str]) -> None
 
 
 def _named(study: Study, trials: Sequence[Trial]) -> list[tuple[str, Trial]]:
-    """The frontier's members that have a name."""
-    front = study.frontier(trials)
+    """What `nasattn export` chooses by name."""
+    front = study.chosen_from(trials)
     if not front:
         return []
     knee, best = study.knee(trials), front[-1]
@@ -258,14 +258,18 @@ def _named(study: Study, trials: Sequence[Trial]) -> list[tuple[str, Trial]]:
 def _frontier_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
     scored = [t for t in trials if t.score]
     lines = []
+    found = study.final_means(trials)
     for name, trial in _named(study, trials):
+        mean = found.get(trial.architecture.key)
+        of_final = "" if mean is None else f" (the final's mean on val {100 * mean:.2f} %)"
         costs = ", ".join(
             f"{short(value)} {metric} ({value / study.facts['plain'][metric]:.3f}x)"
             for metric, value in trial.cost.values.items()
         )
         blocks = in_words(study.config.space, trial.architecture).replace(" @ ", "\u00a0@\u00a0")
         lines.append(
-            f"{name}: trial {trial.number}, {100 * accuracy(trial):.2f} %, {costs}: {blocks}"
+            f"{name}: trial {trial.number}, {100 * accuracy(trial):.2f} %{of_final}, {costs}: "
+            f"{blocks}"
         )
     seeds = sorted({len(t.score.accuracies) for t in scored if t.score})
     if seeds == [1]:

@@ -121,6 +121,28 @@ def progress(
     return {"evaluations": len(asked), "done": len(done), "failed": failed}
 
 
+def means(
+    experiment: Experiment,
+    planned: Sequence[Contender],
+    stored: Mapping[tuple[str, int], Evaluation],
+) -> dict[str, float]:
+    """The mean accuracy on val of the baseline and of each member of the frontier, by key, once all
+    evaluations are done; what has failed by every seed has none."""
+    final = experiment.final
+    if final is None or _unfinished(progress(final, planned, stored)):
+        return {}
+    found = {
+        c.architecture.key: [
+            e.val
+            for seed in range(final.seeds)
+            if (e := stored[c.architecture.key, seed]).val is not None
+        ]
+        for c in planned
+        if c.trial and {"baseline", "frontier"}.intersection(c.roles)
+    }
+    return {key: fmean(values) for key, values in found.items() if values}
+
+
 def in_full(experiment: Experiment) -> Experiment:
     """The experiment with one training an evaluation, by the full schedule: the candidates' own
     from the plain backbone, without a warm start `pretrain`'s."""
@@ -167,7 +189,7 @@ def summarise(
     rows = [_row(experiment, c, table) for c in [*planned, *former]]
     for row in rows:
         row.update({split: _figures(row, split, rows) for split in SPLITS})
-    if counts["done"] == counts["evaluations"]:
+    if not _unfinished(counts):
         seed = derive(experiment.search.seed, FINAL)
         rivals = [r for r in rows if _competes(r, limits)]
         judged = {s: _judge(rivals, s, experiment.costs, seed) for s in SPLITS}
@@ -182,6 +204,10 @@ def summarise(
         "gap": {split: _gaps(rows, split) for split in SPLITS},
         "rows": [{k: v for k, v in row.items() if k != "raw"} for row in rows],
     }
+
+
+def _unfinished(counts: Mapping[str, int]) -> bool:
+    return counts["done"] < counts["evaluations"]
 
 
 def _row(

@@ -24,7 +24,14 @@ from nasattn.files import Files, replace_file
 from nasattn.pareto import hypervolume, knee, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial
 from nasattn.search.database import shown, sqlite_path
-from nasattn.search.final import Evaluation, contenders, evaluations, progress, summarise
+from nasattn.search.final import (
+    Evaluation,
+    contenders,
+    evaluations,
+    means,
+    progress,
+    summarise,
+)
 from nasattn.search.lease import Heartbeats, workers
 from nasattn.search.rows import Database
 from nasattn.search.stopping import ParetoHalving
@@ -169,21 +176,42 @@ class Study:
         reference = [-accuracy(baseline), *(high for _, high in costs)]
         return hypervolume(points, reference) / box if box > 0 else 0.0
 
+    def final_means(self, trials: Sequence[Trial]) -> dict[str, float]:
+        """Architecture key -> mean accuracy on val in the `final`, once all of that is done. Not on
+        test, which is there to judge what these choose."""
+        if self.config.final is None:
+            return {}
+        planned = contenders(trials, self.frontier(trials))
+        return means(self.config, planned, evaluations(self.optuna.user_attrs))
+
+    def chosen_from(self, trials: Sequence[Trial]) -> list[Trial]:
+        """What `knee`, `best` and a limit choose from, the most accurate last: the frontier or,
+        where there are `final_means`, what of it and the baseline is non-dominated by them."""
+        front, found = self.frontier(trials), self.final_means(trials)
+        if not found:
+            return front
+        limits = self.facts["limits"]
+        pool = [t for t in trials if t.architecture.key in found and t.cost.within(limits)]
+        mask = non_dominated(self._points(pool, found))
+        front = [trial for trial, keep in zip(pool, mask, strict=True) if keep]
+        return sorted(front, key=lambda t: (found[t.architecture.key], -t.number))
+
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most, of equal ones the most accurate. The plain
         backbone, for which nobody has to search, only where no other does anything else."""
-        front = self.frontier(trials)
+        trials = trials or self.trials
+        front, found = self.chosen_from(trials), self.final_means(trials)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
-        plain = next((self._points([t]) for t in front if t.baseline), None)
-        others = [t for t in reversed(front) if self._points([t]) != plain]
+        plain = next((self._points([t], found) for t in front if t.baseline), None)
+        others = [t for t in reversed(front) if self._points([t], found) != plain]
         front = others or [t for t in front if t.baseline]
-        return front[knee(self._points(front))]
+        return front[knee(self._points(front, found))]
 
     def select(self, choice: str) -> Trial:
         """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
         trials = self.trials
-        knee, front = self.knee(trials), self.frontier(trials)
+        knee, front = self.knee(trials), self.chosen_from(trials)
         if choice == "knee":
             return knee
         if choice == "best":
@@ -375,9 +403,13 @@ class Study:
             )
         return fitting[-1]
 
-    def _points(self, trials: Sequence[Trial]) -> list[list[float]]:
-        costs = self.config.costs
-        return [[-accuracy(t), *(t.cost.values[m] for m in costs)] for t in trials]
+    def _points(
+        self, trials: Sequence[Trial], found: Mapping[str, float] | None = None
+    ) -> list[list[float]]:
+        """found: architecture key -> accuracy, for the search's own."""
+        accuracies = [found[t.architecture.key] if found else accuracy(t) for t in trials]
+        costs = [[t.cost.values[m] for m in self.config.costs] for t in trials]
+        return [[-a, *values] for a, values in zip(accuracies, costs, strict=True)]
 
     def write_frontier(self, frontier: Sequence[Trial] | None = None) -> None:
         """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside

@@ -97,10 +97,7 @@ def search(
         if new_study:
             name = free_name(loaded.storage, loaded.study)
             again = f"nasattn resume --study {name} --storage '{shown(loaded.storage)}'"
-            print(
-                f"new study: {name}; other commands take `--study {name}` beside the file; it goes "
-                f"on by: {again}"
-            )
+            print(f"new study: {name}; other commands take `--study {name}` beside the file")
             loaded = loaded.model_copy(update={"study": name})
         found = find_study(loaded.storage, loaded.study)
     asked = trials or loaded.search.trials

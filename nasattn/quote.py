@@ -66,10 +66,11 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
     sys.path.insert(0, "")  # as `python -m` does: the user's own code stands where they are
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:
         file = re.fullmatch(r"(\w+(?:/\w+)*)\.py", module_name)
         near = f"; did you mean '{file[1].replace('/', '.')}:{name}'?" if file else ""
-        raise UserError(f"{path}: cannot be imported: {error}{near}") from None
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: cannot be imported: {why}{near}") from error
     finally:
         sys.path.pop(0)
     found = getattr(module, name, None)
@@ -88,16 +89,19 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
         raise UserError(f"{path}: expected an nn.Module; got {type(network).__name__}")
     try:
         cost = measure(network, input_shape)
-    except RuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:
         if "meta tensor" in str(error):
             raise UserError(
                 f"{path}: its forward looks at values, so that it cannot be counted without being "
                 f"run: {error}"
             ) from None
         shape = list(input_shape or (3, 224, 224))
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
         raise UserError(
-            f"{path}: does not run on the input {shape} (--shape sets another): {error}"
-        ) from None
+            f"{path}: does not run on the input {shape} (--shape sets another): {kind}{error}"
+        ) from error
     notes = {"input": str(cost.context["input"]), "convention": str(cost.context["convention"])}
     return {"cost": dict(cost.values), "by_site": [], "notes": notes}
 

@@ -245,7 +245,7 @@ class SearchSpace:
             name=name,
             labels=labels,
             blocks=frozenset() if block else frozenset(labels) - {NONE},
-            stage=name.split(".")[0] if self.skeleton else "",
+            stage=name.split(".")[0] if self.skeleton and self.skeleton.vary.optional else "",
             ends=LEFT_OUT if block and LEFT_OUT in labels else None,
             rest=LEFT_OUT if block else NONE,
             costs=costs,

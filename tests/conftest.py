@@ -177,3 +177,8 @@ def tiny_space_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_space(tiny_space_file: Path) -> SearchSpace:
     return SearchSpace.load(tiny_space_file)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that at the end no process waits for one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -855,6 +855,8 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     study = run(path)
     final = study.final()
     assert final is not None and final["failed"] == 2 and final["done"] == final["evaluations"]
+    of = f"2 of {final['evaluations']} evaluations of the final failed (--retry makes them again)"
+    assert study.completion().endswith(f" trials; {of}")
     reasons = {f["reason"] for r in final["rows"] for f in r["failures"]}
     assert reasons == {"out of memory", "ZeroDivisionError: oops"}
     count = len(trained.fits)

@@ -305,7 +305,7 @@ def test_a_new_study_takes_the_next_free_name(
         run = CliRunner().invoke(cli.app, ["search", str(path), "--new-study"])
         assert run.exit_code == 0, run.output
         again = f"nasattn resume --study {taken.replace('4', '3')} --storage '{storage}'"
-        assert again in run.output and said[-1] == again, "not the same command goes on"
+        assert said[-1] == again, "not the same command goes on"
         optuna.create_study(study_name=taken, storage=storage)
     assert asked == ["tiny", "tiny-2", "tiny-3"]
     assert free_name(storage, "other") == "other"

@@ -166,8 +166,20 @@ def breaking() -> nn.Module:
     raise RuntimeError("no weights here")
 
 
-def test_a_module_that_cannot_be_counted_is_refused_with_the_reason() -> None:
+class OfTwo(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def test_a_module_that_cannot_be_counted_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("unreadable.py").write_text("def make(:")
+    with pytest.raises(UserError, match=r"unreadable:make: cannot be imported: SyntaxError: "):
+        quote("unreadable:make")
     for name, said in {
+        "OfTwo": r"does not run on the input \[3, 8, 8\] .*: TypeError: .*forward\(\) missing 1",
         "Looking": "its forward looks at values, so that it cannot be counted without being run",
         "breaking": "breaking: it raised RuntimeError: no weights here",
         "wanting": "it is called without arguments; missing a required argument: 'width'",

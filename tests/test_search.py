@@ -5,6 +5,7 @@ Lightning trainings run where the training itself is: kills, failures, weights, 
 """
 
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -698,6 +699,14 @@ def test_images_that_change_in_the_middle_are_refused(write: Write, photos: Path
         searching(path)
 
 
+def test_one_class_is_refused(write: Write, photos: Path) -> None:
+    shutil.rmtree(photos / "1")
+    data = {"name": "image_folder", "root": str(photos)}
+    for classes, said in ((1, "^classes: got 1; allowed: from 2"), (2, "has one class folder")):
+        with pytest.raises(UserError, match=said):
+            searching(write(data=data, space=SPACE | {"classes": classes}))
+
+
 def test_batches_of_one_are_refused_where_a_norm_sees_one_value(write: Write) -> None:
     schedule = {"batch_size": 1, "warm_start": True}
     assert searching(write(training=schedule))
@@ -707,6 +716,15 @@ def test_batches_of_one_are_refused_where_a_norm_sees_one_value(write: Write) ->
         searching(write("two", training=schedule, space=deep))
     never = {"pretrain": {"batch_size": 1}, "training": {"warm_start": False}}
     assert searching(write("three", space=deep, **never)), "it is not used"
+    with pytest.raises(UserError, match=r"pretrain\.batch_size: got 1; allowed"):
+        searching(write("four", space=deep, final={"seeds": 1}, **never))
+    for warm, final in ((True, None), (False, {"seeds": 1})):
+        fields = {"training": {"warm_start": warm}, "pretrain": {"batch_size": 1000}}
+        fields |= {"final": final} if final else {}
+        with pytest.raises(
+            UserError, match=r"^pretrain\.batch_size: got 1000, but the train split"
+        ):
+            searching(write("five", **fields))
 
 
 def test_a_changed_backbone_is_not_the_plain_one(write: Write) -> None:
@@ -740,6 +758,28 @@ def test_a_changed_backbone_is_not_the_plain_one(write: Write) -> None:
     assert all(t.cost.values["macs"] <= study.facts["limits"]["macs"] for t in study.frontier())
     said = CliRunner().invoke(cli.app, ["pareto", str(path)])
     assert said.stdout.count("plain backbone") == 1
+    study = by_formula(path, 100)
+    limit, tried = study.facts["limits"]["macs"], {t.architecture for t in study.trials}
+    every = SearchSpace.of(study.config.space)
+    fit = {a for a in every.enumerate() if every.cost(a).values["macs"] <= limit}
+    assert tried == fit | {every.baseline()}, "it takes no other's place"
+
+
+def test_a_backbone_that_varies_without_leaving_out(write: Write) -> None:
+    rows = [[3, 8, 2, 3, 0.0], [6, 16, 2, 3, 0.0], [6, 16, 1, 3, 0.0]]
+    space = SPACE | {
+        "backbone": {"name": "autonl", "rows": rows},
+        "vary": {"expansion": [6, 3], "kernel": [3]},
+        "blocks": {"gcnet": {"ratio": [0.25]}},
+        "max_blocks": 1,
+    }
+    for budget in ({}, {"macs": "0.9x"}):
+        training = {"warm_start": False}
+        path = write(f"of{len(budget)}", space=space, budget=budget, training=training)
+        study = by_formula(path, 8)
+        found = {t.architecture for t in study.trials}
+        every = set(SearchSpace.of(study.config.space).enumerate())
+        assert len(found) == 8 and found <= every
 
 
 def test_fewer_trials_than_there_are_is_as_many(write: Write) -> None:
@@ -911,6 +951,68 @@ def test_after_new_study_it_is_resume_that_goes_on(
         run = CliRunner().invoke(cli.app, ["search", str(write()), *options])
         assert run.exit_code == 1 and said[-1].startswith(again)
         assert f"stopped; what is finished is kept, {said[-1]} goes on" in run.output
+
+
+DETACHED = """
+import os, signal, sys
+from nasattn.cli import main
+from nasattn.search.display import Display
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as after `disown`
+end, terminal = Display.end, int(sys.argv.pop())
+def gone(self, trial, trials, refused):
+    if trial.number == 1:
+        os.close(terminal)
+    end(self, trial, trials, refused)
+Display.end = gone
+main()
+"""
+
+
+def test_a_terminal_that_goes_away_ends_nothing(write: Write) -> None:
+    path = write(training={"warm_start": False}, search={"sampler": "random"})
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    command = [sys.executable, "-c", DETACHED, "search", str(path), "--trials", "4", str(ours)]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, pass_fds=[ours], env=environment
+    ) as process:
+        os.close(ours)  # its last copy is the search's own, which closes it
+        os.close(theirs)
+        process.wait(timeout=300)
+    trials = load_study(f"sqlite:///{path.parent}/runs/tiny.db", "tiny").trials
+    assert [t.state for t in trials] == ["scored"] * 4
+
+
+def test_before_the_first_trial_the_panel_asks_the_database_for_nothing(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is drawn all the time while the plain backbone is trained, from within Lightning."""
+    study = by_formula(write(), 1)
+    display = Display(Console(force_terminal=True, file=io.StringIO()))
+    display.begin(study, 3)
+    display.trials = []
+    monkeypatch.setattr(Study, "trials", property(lambda self: pytest.fail("read")))
+    assert study.frontier([]) == [] and study.hypervolume([]) is None
+    assert display.panel()
+
+
+def test_what_cannot_be_estimated_is_searched_all_the_same(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> float:
+        raise ZeroDivisionError("a network of its own kind")
+
+    monkeypatch.setattr(candidate.Evaluator, "estimate", broken)
+    assert len(searching(write()).run(2).trials) == 2
+
+
+def test_a_long_name_has_room_for_its_number(write: Write) -> None:
+    path = write(study="s" * 100)
+    for number, name in enumerate(("s" * 100, "s" * 90 + "-2", "s" * 90 + "-3"), start=1):
+        command = ["search", str(path), "--new-study", "--trials", "1"]
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, (number, done.output)
+        assert load_study(Experiment.load(path).storage, name).trials
 
 
 def test_what_is_remarked_is_said_once_and_kept_in_each_row(

@@ -117,7 +117,7 @@ VARIED = """\
 backbone:
   name: autonl
   rows: [[1, 8, 1, 3, 0], [2, 12, 2, 3, 0], [2, 12, 1, 3, 0], [2, 12, 1, 3, 0]]
-vary: {expansion: [2, 3], kernel: [3], se: [0.25], optional: true}
+vary: {expansion: [2, 3], kernel: [3], se: [0.25], optional: OPTIONAL}
 input: [1, 16, 16]
 classes: 3
 sites: ["stage2.*"]
@@ -126,9 +126,10 @@ max_blocks: 2
 """
 
 
-def test_a_space_that_varies_its_backbone_by_brute_force(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optional", ["true", "false"])
+def test_a_space_that_varies_its_backbone_by_brute_force(tmp_path: Path, optional: str) -> None:
     """Networks are told apart here by what is kept in each stage, in order, and what follows it."""
-    (tmp_path / "s.yaml").write_text(VARIED)
+    (tmp_path / "s.yaml").write_text(VARIED.replace("OPTIONAL", optional))
     space = SearchSpace.load(tmp_path / "s.yaml")
     members: dict[tuple[Any, ...], Architecture] = {}
     names = [name.removesuffix(":block") for name in space.parameters if name.endswith(":block")]
@@ -144,6 +145,7 @@ def test_a_space_that_varies_its_backbone_by_brute_force(tmp_path: Path) -> None
         drawn = space.draw(lambda name, _, row=row: row[name])  # type: ignore[misc]
         assert members.setdefault(content, drawn) == drawn == space.decode(row)
     assert len(set(members.values())) == len(members) == space.size()
+    assert any(len(content) < 4 for content in members) == (optional == "true")
     assert [space.decode(row) for row in space.chain.rows()] == list(
         dict.fromkeys(members.values())
     )

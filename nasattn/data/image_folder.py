@@ -183,6 +183,11 @@ def _names(folders: Mapping[str, Path], classes: int) -> list[str]:
             f"data.root: {where} has no class folders; allowed: ROOT/CLASS/*.jpg, or "
             "ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
         )
+    if len(names) == 1 != classes:
+        raise UserError(
+            f"data.root: {where} has one class folder ({names[0]}), and nothing to tell it from; "
+            "allowed: a root with two or more, perhaps the folder above or below"
+        )
     if len(names) != classes:
         shown = first_few(names, NAMED)
         empty = [

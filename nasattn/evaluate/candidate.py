@@ -189,7 +189,8 @@ class Evaluator:
         """Seconds that so many candidates will take, from a few steps of the plain backbone. Blocks
         come on top, so it is a lower figure; prepare: with the backbone's own training."""
         load_training(self.experiment.trainer)
-        training, few = self.experiment.training, 8
+        training = self.experiment.training
+        few = min(8, int(self._steps(training) / training.epochs))
         with torch.random.fork_rng(devices=[]):
             network, seconds = build(self.plain), 0.0
             for _ in range(2):  # the first run warms up
@@ -286,9 +287,16 @@ def weights_of(network: torch.nn.Module) -> Weights:
     }
 
 
-def check_single(schedule: Schedule, key: str, architecture: Architecture) -> None:
-    """A UserError where batches are of one image and a BatchNorm of the network sees one value a
-    channel then, of which there is no variance. key: the schedule's, in the experiment."""
+def check_trainable(schedule: Schedule, key: str, architecture: Architecture, data: Data) -> None:
+    """A UserError where there is one class; where the training images do not fill a batch; or where
+    batches are of one image and a BatchNorm of the network sees one value a channel then, of which
+    there is no variance. key: the schedule's, in the experiment."""
+    if architecture.classes == 1:
+        raise UserError("classes: got 1; allowed: from 2 on, else there is nothing to tell apart")
+    try:
+        data.loader("train", schedule.batch_size, 0)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
     if schedule.batch_size == 1:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             try:
@@ -309,9 +317,9 @@ def train_architecture(
     """Train one architecture from scratch by the experiment's full schedule (`pretrain`), write its
     weights to `out` and return its figures. on_test: score the test split too."""
     place = check_file(out)
-    check_single(experiment.pretrain, "pretrain", architecture)
     load_training(experiment.trainer)
     data = load(experiment.data, architecture.input, architecture.classes)
+    check_trainable(experiment.pretrain, "pretrain", architecture, data)
     schedule = experiment.pretrain.model_copy(update={"epochs": epochs} if epochs else {})
     evaluator = Evaluator(experiment, data, architecture, place.parent)
     score, weights = evaluator.from_scratch(architecture, schedule, tick)

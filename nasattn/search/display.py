@@ -1,7 +1,8 @@
 """What a person sees while a search runs: a live panel on a terminal, plain lines elsewhere."""
 
+import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -74,7 +75,7 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
-            self.live.start()
+            self._shown(self.live.start)
         return self
 
     def __exit__(
@@ -83,7 +84,7 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.live.stop()
+        self._shown(self.live.stop)
 
     @property
     def task(self) -> str:
@@ -91,7 +92,7 @@ class Display:
         return self.workers[0].task if self.workers else ""
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._shown(lambda: self.console.print(text, markup=False, highlight=False, soft_wrap=True))
 
     def begin(self, study: Study, total: int, *, rungs: bool = True) -> None:
         """rungs: say what those of halving have shown."""
@@ -140,6 +141,7 @@ class Display:
         self.final = final
         blocks = in_words(self.study.config.space, evaluation.architecture)
         self.note(f"{final_text.line(evaluation, blocks)}  [{left}]")
+        self._draw()
 
     def show(self, workers: Sequence[Worker], trials: list[Trial], refused: int) -> None:
         """How far the study is, and what all of its workers do."""
@@ -288,4 +290,13 @@ class Display:
             return
         self._redrawn = now
         if self.console.is_terminal and self.study is not None:
-            self.live.update(self.panel())
+            self._shown(lambda: self.live.update(self.panel()))
+
+    def _shown(self, show: Callable[[], None]) -> None:
+        """On a terminal that has gone away, as that of a lost connection, the search goes on."""
+        try:
+            show()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.console.quiet = True

@@ -20,7 +20,7 @@ def line(evaluation: Evaluation, blocks: str) -> str:
 def count(final: Mapping[str, int]) -> str:
     """`3 of 10 evaluations, 1 failed`."""
     failed = f", {final['failed']} failed" if final["failed"] else ""
-    return f"{final['done']} of {final['evaluations']} evaluations{failed}"
+    return f"{final['done']} of {counted(final['evaluations'], 'evaluation')}{failed}"
 
 
 def title(name: str, final: Mapping[str, Any]) -> str:
@@ -67,10 +67,10 @@ def notes(final: Mapping[str, Any]) -> list[str]:
         )
     anew = ", the plain backbone trained anew for each" if final["warm_start"] else ""
     lines.append(
-        f"{final['done']} of {final['evaluations']} evaluations are done, {final['failed']} of "
-        f"them failed; {counted(seeds, 'seed')}{anew}; a gain is on {split}, over the plain "
-        "backbone, paired by seed; on the frontier: the probability to be non-dominated under the "
-        "seeds' noise"
+        f"{final['done']} of {counted(final['evaluations'], 'evaluation')} done, "
+        f"{final['failed']} failed; {counted(seeds, 'seed')}{anew}; a gain is on {split}, over the "
+        "plain backbone, paired by seed; on the frontier: the probability to be non-dominated "
+        "under the seeds' noise"
     )
     judged = final["judged"].get(split)
     if judged and seeds > 1:

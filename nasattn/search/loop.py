@@ -12,11 +12,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nasattn.config import Experiment
+from nasattn.config import Experiment, Schedule
 from nasattn.data import Data, load
 from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError, first_few
 from nasattn.evaluate import on_cuda
-from nasattn.evaluate.candidate import Evaluator, Weights, check_single, facts_of, store
+from nasattn.evaluate.candidate import Evaluator, Weights, check_trainable, facts_of, store
 from nasattn.files import check_writable
 from nasattn.pricing import Candidates, Pricing
 from nasattn.record import Score, Trial, counted
@@ -74,10 +74,11 @@ class Search:
         self.candidates = Candidates(self.pricing, limits)
         self.candidates.refuse_empty()
         self.data: Data = load(experiment.data, experiment.space.input, experiment.space.classes)
-        self.data.loader("train", experiment.training.batch_size, 0)
-        check_single(experiment.training, "training", self.space.baseline())
-        if experiment.training.warm_start:
-            check_single(experiment.pretrain, "pretrain", self.space.baseline())
+        schedules: dict[str, Schedule] = {"training": experiment.training}
+        if experiment.training.warm_start or experiment.final:
+            schedules["pretrain"] = experiment.pretrain
+        for key, schedule in schedules.items():
+            check_trainable(schedule, key, self.space.baseline(), self.data)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts, found)
         facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}
@@ -162,7 +163,9 @@ class Search:
     def _planned(self, total: int | None) -> int:
         self.study.refresh()  # another may have changed them since they were read
         count, asked = self.candidates.count(), total or self.study.config.search.trials
-        number = max(asked if count is None else min(asked, count), len(self.study.rows()))
+        if count is not None:  # the plain backbone has a slot also where it is over the budget
+            asked = min(asked, count + (not self.candidates.fits({})))
+        number = max(asked, len(self.study.rows()))
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
             raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
@@ -243,7 +246,7 @@ class Search:
         machine trains and this one cannot."""
         try:
             return self.evaluator.estimate(trainings, prepare=prepare)
-        except (TrialFailed, UserError):
+        except Exception:
             return 0.0
 
     def _work(self, total: int) -> None:
@@ -294,6 +297,7 @@ class Search:
     def _evaluate(self, slots: Slots, job: Job) -> None:
         """Train a trial's architecture and record how it did."""
         self._job = job
+        self._start(job.trial)  # what the display raises is not the architecture's fault
         try:
             score = self._kept_score(job) or self._train(slots, job)
         except Stopped:
@@ -315,7 +319,6 @@ class Search:
     def _train(self, slots: Slots, job: Job) -> Score | None:
         """The score of a whole training, whose weights are stored; None when it was stopped."""
         number, architecture = job.trial.number, job.trial.architecture
-        self._start(job.trial)
         files = slots.checkpoints(number)
         score, weights = job.trial.partial, None
         reached = len(score.rungs) if score else 0

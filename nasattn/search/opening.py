@@ -250,7 +250,8 @@ def free_name(storage: str, name: str) -> str:
     is another database's."""
     url = checked_url(storage)
     (_, taken), path = _known(url), sqlite_path(url)
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    stem = name[:90]  # config allows 100 characters
+    names = itertools.chain([name], (f"{stem}-{i}" for i in itertools.count(2)))
     mine = ("", path.name if path else "")
     return next(
         n

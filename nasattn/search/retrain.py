@@ -76,7 +76,7 @@ class Retraining:
             if job := self._claim(left):
                 self._evaluate(*job)
             elif not waits:
-                self._start("waiting for what other workers evaluate")
+                self._start("waiting for what other workers evaluate", waits=True)
             waits = job is None
             time.sleep(WAIT * waits)
 
@@ -182,8 +182,8 @@ class Retraining:
     def _release(self, name: str) -> None:
         patiently(lambda: self.leases.release(name), self.display.note)
 
-    def _start(self, task: str) -> None:
-        self.display.start(task)
+    def _start(self, task: str, *, waits: bool = False) -> None:
+        self.display.start(task, waits)
         self.leases.doing = {"task": task}
 
     def _tick(self, share: float, accuracy: float | None) -> None:
@@ -208,7 +208,7 @@ class Retraining:
             f"final: {counted(len(self.planned) - count, 'architecture')} and "
             f"{counted(count, 'control')} (SE at the "
             f"same sites), {counted(self.final.seeds, 'seed')} each{anew}: "
-            f"{len(self._left())} evaluations to go, about {duration(seconds)}"
+            f"{counted(len(self._left()), 'evaluation')} to go, about {duration(seconds)}"
         )
 
     def _ahead(self) -> tuple[float, int]:

@@ -187,10 +187,16 @@ class SlurmProcess:
 
     def terminate(self) -> None:
         self.told = True
-        self.job.cancel(check=False)
+        if self.queue is None and not self.job.done():
+            # submitit would interrupt it, which what was begun in a background ignores, and kill it
+            # a second later.
+            os.kill(int(self.job.job_id), signal.SIGTERM)
+        else:
+            self.job.cancel(check=False)
 
     def kill(self) -> None:
-        self.terminate()  # Slurm kills what does not end
+        self.told = True
+        self.job.cancel(check=False)  # Slurm kills what does not end
 
     def _over(self) -> bool:
         if self.queue is None:

@@ -22,7 +22,7 @@ from nasattn.config import Experiment, Limit, differences, mistaken
 from nasattn.errors import UserError
 from nasattn.files import Files, replace_file
 from nasattn.pareto import hypervolume, knee, non_dominated
-from nasattn.record import FINISHED, Cost, Score, State, Trial
+from nasattn.record import FINISHED, Cost, Score, State, Trial, counted
 from nasattn.search.database import shown, sqlite_path
 from nasattn.search.final import (
     Evaluation,
@@ -120,7 +120,8 @@ class Study:
         """The scored trials that no other dominates, best accuracy last. Where the space varies the
         backbone, the plain one may be over the budget: it is no candidate then."""
         limits = self.facts["limits"]
-        scored = [t for t in trials or self.trials if t.score and t.cost.within(limits)]
+        trials = self.trials if trials is None else trials
+        scored = [t for t in trials if t.score and t.cost.within(limits)]
         if not scored:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
@@ -143,7 +144,7 @@ class Study:
         """Share of the box between the baseline's accuracy and 1, and between the cheapest
         architecture's cost and the reference, that the frontier dominates; None before there is a
         baseline."""
-        trials = trials or self.trials
+        trials = self.trials if trials is None else trials
         baseline = next((t for t in trials if t.baseline and t.score), None)
         if baseline is None:
             return None
@@ -199,7 +200,7 @@ class Study:
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most, of equal ones the most accurate. The plain
         backbone, for which nobody has to search, only where no other does anything else."""
-        trials = trials or self.trials
+        trials = self.trials if trials is None else trials
         front, found = self.chosen_from(trials), self.final_means(trials)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
@@ -261,7 +262,8 @@ class Study:
     def promotable(self, trials: Sequence[Trial] | None = None) -> Trial | None:
         """The stopped trial that should go on next, when all have begun."""
         halving = ParetoHalving.of(self.config)
-        return halving.promotable(trials or self.trials, all_begun=True) if halving else None
+        trials = self.trials if trials is None else trials
+        return halving.promotable(trials, all_begun=True) if halving else None
 
     def final(self, trials: Sequence[Trial] | None = None) -> dict[str, Any] | None:
         """What the re-evaluation of the final frontier gave so far, as plain data; None where the
@@ -275,7 +277,7 @@ class Study:
         the budget allows. `judged`: by how many seeds, and who is left out of these `rivals`;
         `gap`: how far the frontier fell, and the baseline, and how much farther the one (`bias`).
         """
-        trials = trials or self.trials
+        trials = self.trials if trials is None else trials
         stored = evaluations(self.optuna.user_attrs)
         limits = self.facts["limits"]
         return summarise(self.config, limits, trials, self.frontier(trials), stored)
@@ -294,9 +296,12 @@ class Study:
     def completion(self) -> str:
         """That it is over, in words."""
         trials = self.trials
-        count = sum(t.state == "failed" for t in trials)
+        count, final = sum(t.state == "failed" for t in trials), self.final_progress(trials)
         failed = f", {count} of them failed (--retry trains them again)" if count else ""
-        return f"the study '{self.name}' is complete: {finished(trials)} trials{failed}"
+        if final and final["failed"]:
+            of = f"{final['failed']} of {counted(final['evaluations'], 'evaluation')} of the final"
+            failed += f"; {of} failed (--retry makes them again)"
+        return f"the study '{self.name}' is complete: {counted(finished(trials), 'trial')}{failed}"
 
     def summary(self) -> dict[str, Any]:
         """How far the study is, as plain data."""

@@ -370,6 +370,27 @@ def blocks(
         print_blocks(rows)
 
 
+def _nothing_left(found: "Study", experiment: "Experiment", total: int) -> bool:
+    """Whether a study of so many trials is complete, with its files in place; if not, how far it is
+    is said, before the seconds that it takes to load what trains."""
+    from nasattn.search.opening import claim_folder
+    from nasattn.search.study import finished
+
+    with _loading():
+        complete = _patiently(lambda: found.complete(experiment, total))
+        done = _patiently(lambda: finished(found.trials))
+    if complete:
+        claim_folder(found.storage, found.name)
+        found.write_frontier()
+        found.write_final()
+        return True
+    told = f"{done:,} of {total:,} trials are done"
+    if done > total:
+        told = f"{done:,} trials are done, {total:,} were asked for"
+    print(f"the study '{found.name}': {told}", flush=True)
+    return False
+
+
 def _search(
     experiment: "Experiment",
     found: "Study | None",
@@ -383,27 +404,12 @@ def _search(
     """again: what goes on with it, for people."""
     from nasattn.tables import console, print_results
 
-    total, count = trials or experiment.search.trials, workers or experiment.search.workers
-    if found:
-        from nasattn.search.opening import claim_folder
-        from nasattn.search.study import finished
-
-        with _loading():
-            complete = _patiently(lambda: found.complete(experiment, total))
-            done = _patiently(lambda: finished(found.trials))
-        bare = launcher == "local" and not options  # others are checked all the same
-        if complete and bare and not retry:
-            claim_folder(found.storage, found.name)
-            found.write_frontier()
-            found.write_final()
-            print(found.completion())
-            print_results(found)
-            return
-        # Before the seconds that it takes to load what trains.
-        told = f"{done:,} of {total:,} trials are done"
-        if done > total:
-            told = f"{done:,} trials are done, {total:,} were asked for"
-        print(f"the study '{found.name}': {told}", flush=True)
+    count = workers or experiment.search.workers
+    bare = launcher == "local" and not options and not retry  # others are checked all the same
+    if found and _nothing_left(found, experiment, trials or experiment.search.trials) and bare:
+        print(found.completion())
+        print_results(found)
+        return
 
     with _loading():
         from nasattn.evaluate.device import check

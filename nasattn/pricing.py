@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, cached_property
+from typing import Self
 
 import torch
 
@@ -123,9 +124,16 @@ class Candidates:
     """The architectures of a space that fit a budget, as rows: parameter -> label."""
 
     def __init__(self, pricing: Pricing, limits: Mapping[str, float]) -> None:
-        self.pricing, self.space = pricing, pricing.space
+        self.pricing, self.space, self.asked = pricing, pricing.space, limits
         self.limits = {m: limit - pricing.margins.get(m, 0.0) for m, limit in limits.items()}
         self.refused = 0
+
+    @classmethod
+    def of(cls, experiment: Experiment, space: SearchSpace) -> Self:
+        """Those of an experiment, whose limits may be relative to the plain backbone."""
+        pricing = Pricing.of(experiment, space)
+        budget = experiment.budget.items()
+        return cls(pricing, {str(m): limit.resolve(pricing.plain[m]) for m, limit in budget})
 
     def fits(self, row: Row) -> bool:
         return not excess(self.pricing(row), self.limits)

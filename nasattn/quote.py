@@ -21,7 +21,7 @@ from nasattn.cost import CostTable, count, measure
 from nasattn.document import load_yaml
 from nasattn.errors import UserError, suggest
 from nasattn.model import Shape, build, canonical, site_shapes
-from nasattn.pricing import Candidates, Pricing
+from nasattn.pricing import Candidates
 from nasattn.record import amount
 from nasattn.skeleton import SUFFIX
 from nasattn.space import SearchSpace
@@ -183,10 +183,9 @@ def _pooled(architecture: Architecture) -> int:
 def _of_experiment(experiment: Experiment) -> dict[str, Any]:
     """The baseline, the budget, each single insertion, and how much of the space fits."""
     space = SearchSpace.of(experiment.space)
-    pricing = Pricing.of(experiment, space)
+    candidates = Candidates.of(experiment, space)
+    pricing, limits = candidates.pricing, candidates.asked
     plain = pricing.plain
-    limits = {str(m): limit.resolve(plain[m]) for m, limit in experiment.budget.items()}
-    candidates = Candidates(pricing, limits)
     singles: list[dict[str, Any]] = [
         {
             "site": name.removesuffix(SUFFIX),

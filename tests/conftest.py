@@ -5,7 +5,7 @@ import random
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from nasattn.architecture import NONE, Architecture
 from nasattn.config import Experiment
-from nasattn.pricing import Pricing
+from nasattn.pricing import Candidates
 from nasattn.record import Score
 from nasattn.search.opening import open_study
 from nasattn.search.study import FACTS, REASON, SCORE, Study, claim
@@ -89,17 +89,16 @@ def fake_study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
         } | changes
         experiment = Experiment.from_dict(fields)
         space = SearchSpace.of(experiment.space)
-        pricing = Pricing.of(experiment, space)
-        limits = {str(m): x.resolve(pricing.plain[m]) for m, x in experiment.budget.items()}
-        study = open_study(experiment, space_facts(pricing, limits))
-        for slot, architecture in enumerate(_fitting(space, limits, trials)):
+        candidates = Candidates.of(experiment, space)
+        study = open_study(experiment, space_facts(candidates))
+        for slot, architecture in enumerate(_fitting(space, candidates.asked, trials)):
             _add(study, space, slot, architecture, seeds, failed=slot >= trials - failures)
         return study
 
     return made
 
 
-def _fitting(space: SearchSpace, limits: dict[str, float], count: int) -> list[Architecture]:
+def _fitting(space: SearchSpace, limits: Mapping[str, float], count: int) -> list[Architecture]:
     """The plain backbone, then others that fit the budget, each once."""
     rng, found = random.Random(0), [space.baseline()]
     while len(found) < count:

@@ -254,7 +254,7 @@ def test_the_last_architecture_of_a_space_is_found(
     for last in random.Random(0).sample(range(1, len(listed)), 4):
         trials = []
         for number, row in enumerate(row for i, row in enumerate(listed) if i != last):
-            values = [number / len(listed), search.pricing(row)["macs"]]
+            values = [number / len(listed), search.candidates.pricing(row)["macs"]]
             trial = create_trial(params=row, distributions=options, values=values)
             trial.number = trial._trial_id = number
             trials.append(trial)
@@ -308,7 +308,7 @@ def test_the_cheapest_excess_is_named_exactly(write: Write) -> None:
     )
     limit = table.plain["macs"] + 1
     with pytest.raises(UserError, match=f"macs by {least - limit:,} "):
-        Candidates(search.pricing, {"macs": limit}).refuse_empty()
+        Candidates(search.candidates.pricing, {"macs": limit}).refuse_empty()
 
 
 def test_an_edited_experiment_is_refused_with_the_difference(write: Write) -> None:

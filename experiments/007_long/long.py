@@ -31,7 +31,7 @@ from sqlalchemy import insert
 from nasattn.architecture import Architecture
 from nasattn.config import Experiment
 from nasattn.document import load_yaml
-from nasattn.pricing import Candidates, Pricing
+from nasattn.pricing import Candidates
 from nasattn.record import Score
 from nasattn.space import SearchSpace
 
@@ -64,15 +64,12 @@ def score(architecture: Architecture) -> Score:
     return Score(accuracy=accuracy, curve=curve, epochs=10, seconds=60.0, seed=0, evaluator="train")
 
 
-def opened(settings: Experiment) -> tuple[Any, SearchSpace, Pricing, dict[str, float]]:
+def opened(settings: Experiment) -> tuple[Any, Candidates]:
     from nasattn.search.loop import space_facts
     from nasattn.search.opening import open_study
 
-    space = SearchSpace.of(settings.space)
-    pricing = Pricing.of(settings, space)
-    limits = {str(m): x.resolve(pricing.plain[m]) for m, x in settings.budget.items()}
-    study = open_study(settings, space_facts(pricing, limits))
-    return study, space, pricing, limits
+    candidates = Candidates.of(settings, SearchSpace.of(settings.space))
+    return open_study(settings, space_facts(candidates)), candidates
 
 
 def grow(database: Path, name: str) -> None:
@@ -80,7 +77,7 @@ def grow(database: Path, name: str) -> None:
     opened(experiment(database, name))  # imports, tables of costs
     wider = SPACE | {"blocks": SPACE["blocks"] | {"simam": {}}}
     began = time.process_time()
-    study, *_ = opened(experiment(database, name, wider))
+    study, _ = opened(experiment(database, name, wider))
     spent = time.process_time() - began
     print(f"{spent:.2f} s: {study.notes[0]}; {len(study.trials)} trials")
 
@@ -89,7 +86,8 @@ def make(database: Path, name: str, trials: int) -> None:
     """In one transaction: through Optuna's own calls it would take minutes."""
     from optuna.storages._rdb import models
 
-    study, space, pricing, limits = opened(experiment(database, name))
+    study, candidates = opened(experiment(database, name))
+    space, pricing = candidates.space, candidates.pricing
     storage = study.optuna._storage._backend
     study_id = study.optuna._study_id
     distributions = {
@@ -105,7 +103,7 @@ def make(database: Path, name: str, trials: int) -> None:
     with storage.engine.begin() as connection:
         first = connection.exec_driver_sql("select coalesce(max(trial_id), 0) from trials")
         start = first.scalar_one() + 1
-        for slot, (row, failed) in enumerate(rows(space, Candidates(pricing, limits), trials)):
+        for slot, (row, failed) in enumerate(rows(space, candidates, trials)):
             trial = start + slot
             architecture, cost = space.decode(row), pricing.cost(row)
             state = "FAIL" if failed else "COMPLETE"
@@ -132,7 +130,7 @@ def make(database: Path, name: str, trials: int) -> None:
                 "cost": {"values": dict(cost.values), "context": dict(cost.context)},
             }
             attrs: dict[str, Any] = {"nasattn": claimed}
-            excesses = {m: cost.values[m] - limit for m, limit in limits.items()}
+            excesses = {m: cost.values[m] - limit for m, limit in candidates.asked.items()}
             system = {f"constraints:{m}": excess for m, excess in excesses.items()}
             system["constraints"] = list(excesses.values())
             system["nasattn:proposal"] = [

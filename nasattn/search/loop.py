@@ -3,7 +3,6 @@
 import json
 import time
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from nasattn.errors import DeviceLost, Stopped, TrialFailed, UserError, first_fe
 from nasattn.evaluate import on_cuda
 from nasattn.evaluate.candidate import Evaluator, Weights, check_trainable, facts_of, store
 from nasattn.files import check_writable
-from nasattn.pricing import Candidates, Pricing
+from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration
@@ -43,8 +42,9 @@ from nasattn.space import SearchSpace
 WAIT = 0.5  # seconds between two looks at what the other workers do
 
 
-def space_facts(pricing: Pricing, limits: Mapping[str, float]) -> dict[str, Any]:
+def space_facts(candidates: Candidates) -> dict[str, Any]:
     """What is known of the space before any training, in the form the study stores it."""
+    pricing, limits = candidates.pricing, candidates.asked
     space, plain, dearest = pricing.space, pricing.plain, pricing.dearest
     cheapest = {
         m: plain[m] + (pricing.chain.cheapest(m) if m in pricing.table.plain else 0) for m in plain
@@ -68,10 +68,7 @@ class Search:
     ) -> None:
         self.experiment, self.display = experiment, display
         self.space = SearchSpace.of(experiment.space)
-        self.pricing = Pricing.of(experiment, self.space)
-        plain = self.pricing.plain
-        limits = {str(m): limit.resolve(plain[m]) for m, limit in experiment.budget.items()}
-        self.candidates = Candidates(self.pricing, limits)
+        self.candidates = Candidates.of(experiment, self.space)
         self.candidates.refuse_empty()
         self.data: Data = load(experiment.data, experiment.space.input, experiment.space.classes)
         schedules: dict[str, Schedule] = {"training": experiment.training}
@@ -81,7 +78,7 @@ class Search:
             check_trainable(schedule, key, self.space.baseline(), self.data)
         self.gate = Gate(self.candidates, experiment.search, experiment.objectives)
         store = open_store(experiment.artifacts, found)
-        facts = space_facts(self.pricing, limits) | {"images": dict(self.data.facts)}
+        facts = space_facts(self.candidates) | {"images": dict(self.data.facts)}
         self.study = open_study(experiment, facts, found)
         for text in self.study.notes:
             display.note(text)
@@ -211,7 +208,7 @@ class Search:
             note(f"{len(lines)} placements cannot stand and are left out:")
             for line in sorted(lines):
                 note(f"  {line}")
-        if latency := self.pricing.context.get("latency"):
+        if latency := self.candidates.pricing.context.get("latency"):
             note(f"latency_s is that of another time and perhaps another place: {latency}")
         if getattr(self.experiment.data, "loaders", 1) == 0 and on_cuda(self.experiment.trainer):
             note(

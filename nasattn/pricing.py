@@ -6,7 +6,7 @@
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -14,13 +14,14 @@ import torch
 from nasattn.architecture import NONE
 from nasattn.chain import Budget, Chain
 from nasattn.config import Experiment, mistaken
-from nasattn.cost.memory import MemoryTable, inference_peak
+from nasattn.cost.memory import MemoryTable, peaks_by_part
 from nasattn.cost.profile import LatencyTable
 from nasattn.cost.table import CostTable, Values, excess
 from nasattn.document import Source, check
 from nasattn.errors import UserError
 from nasattn.model import build, site_shapes
 from nasattn.record import Cost
+from nasattn.skeleton import LEFT_OUT, SUFFIX, position_of
 from nasattn.space import SearchSpace
 
 Row = Mapping[str, str]
@@ -28,6 +29,7 @@ Key = tuple[str, ...]  # a row's labels, in the space's order
 
 DRAWS = 10_000  # after which a draw gives up
 LISTED = 20_000  # spaces with at most so many feasible architectures are listed, to end exactly
+BEHIND = ("head",)
 
 
 class Pricing:
@@ -108,16 +110,26 @@ class Pricing:
             shapes = site_shapes(space.backbone, space.input)
             return MemoryTable.build(space.baseline(), shapes, space.choices)
 
-        # What is alive changes with every block of the backbone: networks are counted one by one.
-        @cache
-        def counted(labels: tuple[tuple[str, str], ...]) -> int:
-            with torch.device("meta"):
-                network = build(space.decode(dict(labels)))
-            return inference_peak(network, (1, *space.input))
-
-        return lambda row: {
-            "peak_memory_bytes": counted(tuple(space.canonical(row).items())),
+        # Between two blocks of the backbone there is one map, whatever the blocks are. So what is
+        # alive while one runs is its own, and a network is built only for those not seen before.
+        parts: dict[tuple[str, ...], int] = {}
+        sites = {
+            p.name: [site for site in space.choices if position_of(site) == p.name]
+            for p in space.skeleton.positions
         }
+
+        def counted(row: Row) -> dict[str, int]:
+            row = space.canonical(row)
+            kept = [name for name in sites if row[name + SUFFIX] != LEFT_OUT]
+            keys = [(n, row[n + SUFFIX], *(row[s] for s in sites[n])) for n in kept]
+            if not parts.keys() >= set(keys):
+                with torch.device("meta"):
+                    network = build(space.decode(row))
+                peaks = peaks_by_part(network, (1, *space.input), kept)
+                parts.update(zip([*keys, BEHIND], peaks, strict=True))
+            return {"peak_memory_bytes": max(parts[key] for key in (*keys, BEHIND))}
+
+        return counted
 
 
 class Candidates:
@@ -230,16 +242,17 @@ class Candidates:
         least hold what the rounding and the sampling (two standard errors) leave open."""
         if self.listed is not None:
             return (len(self.listed),) * 3
-        if not self.budgets:
+        if not self.limits:
             return (self.space.size(),) * 3
-        strict, rng = self.budgets[0], random.Random(0)
-        lenient = self.pricing.budgets(self.limits, lenient=True)[0]
-        if strict.exact and len(self.limits) == 1:
-            return (strict.count,) * 3
-        share = sum(self.fits(strict.sample(rng)) for _ in range(draws)) / draws
+        most: float = self.space.size()  # what only the peak memory limits is drawn from all
+        of, sample = most, self.space.chain.sample
+        if self.budgets:
+            strict = self.budgets[0]
+            if strict.exact and len(self.limits) == 1:
+                return (strict.count,) * 3
+            most = self.pricing.budgets(self.limits, lenient=True)[0].count
+            of, sample = strict.count, strict.sample
+        rng = random.Random(0)
+        share = sum(self.fits(sample(rng)) for _ in range(draws)) / draws
         error = 2 * (share * (1 - share) / draws + 1 / draws**2) ** 0.5
-        return (
-            strict.count * share,
-            strict.count * max(0.0, share - error),
-            lenient.count * min(1.0, share + error),
-        )
+        return (of * share, of * max(0.0, share - error), most * min(1.0, share + error))

@@ -208,7 +208,7 @@ def _of_experiment(experiment: Experiment) -> dict[str, Any]:
         ordered = sorted(singles, key=lambda s: s["cost"][metric])
         for word, single in (("cheapest", ordered[0]), ("dearest", ordered[-1])):
             more = single["cost"][metric]
-            notes[f"{word} insertion by {metric}"] = (
+            notes[f"{word} {'change' if space.skeleton else 'insertion'} by {metric}"] = (
                 f"{single['spec']} @ {single['site']}: {'+' * (more >= 0)}{amount(more)}"
             )
     return {"cost": plain, "limits": limits, "by_site": singles, "notes": notes}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from nasattn.architecture import BackboneFields, Input
 from nasattn.catalog import BLOCKS, Entry, Scalar
@@ -13,7 +13,8 @@ from nasattn.errors import UserError, lookup
 
 
 class Vary(Strict):
-    """What of each block of the backbone is searched; the baseline takes the first of each.
+    """What of each block of the backbone is searched; the baseline takes the first of each. The
+    rows' own expansion (but 1, which stays), kernel and SE say nothing then.
 
     optional: a block that repeats the one before it may be left out.
     """
@@ -22,6 +23,19 @@ class Vary(Strict):
     kernel: Annotated[tuple[Positive, ...], BeforeValidator(tuples), Field(min_length=1)]
     se: Annotated[tuple[Share, ...], BeforeValidator(tuples), Field(min_length=1)] = (0.0,)
     optional: bool = False
+
+    @field_validator("expansion", "kernel", "se")
+    @classmethod
+    def _readable(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        """Each is told in a label, from which it is read again."""
+        for value in values:
+            if info.field_name == "kernel" and value % 2 == 0:
+                raise ValueError(f"got {value}; a kernel is odd")
+            if float(f"{value:g}") != value:
+                raise ValueError(f"got {value!r}; allowed: numbers of at most six digits")
+            if values.count(value) > 1:
+                raise ValueError(f"got {value:g} twice; allowed: each value once")
+        return values
 
 
 class SpaceFile(Strict):

@@ -51,7 +51,8 @@ def print_frontier(study: "Study") -> None:
             value, plain = trial.cost.values[metric], study.facts["plain"][metric]
             ratio = f" ({value / plain:.3f}x)" if metric in study.config.costs else ""
             costs.append(f"{amount(value)}{ratio}")
-        name = f"{trial.number}" + (" (knee)" if trial.number == knee else "")
+        over = " (over budget)" * (not trial.cost.within(study.facts["limits"]))
+        name = f"{trial.number}" + (" (knee)" if trial.number == knee else over)
         table.add_row(name, score, *costs, in_words(study.config.space, trial.architecture))
     console().print(table)
     if study.final_means(trials):

@@ -405,6 +405,15 @@ def test_only_a_skeleton_varies(folder: Path) -> None:
     )
     (folder / "space.yaml").write_text(skeleton + vary)
     assert SpaceFile.load(folder / "space.yaml").vary is not None
+    for given, said in {
+        "expansion: [3, 3], kernel: [3]": "vary.expansion: got 3 twice; allowed: each value once",
+        "expansion: [3], kernel: [4]": "vary.kernel: got 4; a kernel is odd",
+        "expansion: [3], kernel: [3], se: [0, 0.0]": "vary.se: got 0 twice",
+        "expansion: [3], kernel: [3], se: [0.1234567]": "vary.se: got 0.1234567; allowed: numbers",
+    }.items():
+        (line,) = refusal(folder / "space.yaml", skeleton + f"vary: {{{given}}}\n")
+        assert said in line
+    (folder / "space.yaml").write_text(skeleton + vary)
     Experiment.load(folder / "e.yaml")
     warm = EXPERIMENT.replace("  epochs: 2", "  warm_start: true")
     (line,) = refusal(folder / "e.yaml", warm)

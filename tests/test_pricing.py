@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from nasattn.model import build
 from nasattn.pricing import Candidates, Pricing
 from nasattn.quote import quote
 from nasattn.skeleton import LEFT_OUT, SUFFIX
+from nasattn.space_file import SpaceFile
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {
@@ -108,6 +110,52 @@ def test_what_fits_is_estimated_with_its_error(
         row = candidates.draw(rng, seen)
         assert row is not None and candidates.fits(row) and tuple(row.values()) not in seen
         seen.add(tuple(row.values()))
+
+
+def test_what_fits_a_limit_of_memory_alone_is_estimated_too(
+    tiny_space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pricing = Pricing(tiny_space, ("peak_memory_bytes",))
+    peaks = [pricing(row)["peak_memory_bytes"] for row in tiny_space.chain.rows()]
+    limit = sorted(peaks)[len(peaks) // 2]
+    expected = sum(peak <= limit for peak in peaks)
+    assert expected < len(peaks)
+    exact = Candidates(pricing, {"peak_memory_bytes": limit}).fitting()
+    monkeypatch.setattr("nasattn.pricing.LISTED", 1)
+    count, least, most = Candidates(pricing, {"peak_memory_bytes": limit}).fitting()
+    assert exact == (expected,) * 3
+    assert least <= expected <= most and least <= count <= most < len(peaks)
+
+
+@pytest.mark.parametrize("sites", ["stage*.*", "stage*.*.project"])
+def test_memory_of_a_backbone_that_varies_is_the_networks(
+    sites: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the parts of networks that were built for other rows."""
+    rows = [[1, 8, 1, 3, 0], [2, 8, 2, 3, 0], [2, 12, 2, 3, 0], *[[2, 12, 1, 3, 0]] * 2]
+    rows.append([2, 40, 1, 3, 0])
+    fields = {
+        "backbone": {"name": "autonl", "stem": 8, "head": 16, "rows": rows},
+        "vary": {"expansion": [1, 6], "kernel": [3], "se": [0, 0.25], "optional": True},
+        "input": [3, 32, 24],
+        "classes": 3,
+        "sites": [sites],
+        "blocks": {"self_attention": {}, "gcnet": {}},
+    }
+    space = SearchSpace.of(SpaceFile.model_validate(fields))
+    pricing, rng = Pricing(space, ("peak_memory_bytes",)), random.Random(0)
+    made: list[Architecture] = []
+    monkeypatch.setattr("nasattn.pricing.build", lambda a: made.append(a) or build(a))
+    known = 0
+    for _ in range(60):
+        row = space.chain.sample(rng)
+        before, peak = len(made), pricing(row)["peak_memory_bytes"]
+        if before == len(made):
+            known += 1
+            with torch.device("meta"):
+                network = build(space.decode(row))
+            assert peak == inference_peak(network, (1, 3, 32, 24))
+    assert known > 12
 
 
 def test_memory_of_a_row_is_the_networks(tiny_space: SearchSpace) -> None:

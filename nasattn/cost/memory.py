@@ -12,6 +12,7 @@ processor.
 """
 
 import copy
+import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,15 @@ def inference_peak(module: nn.Module, shape: Sequence[int]) -> int:
     shape: (N, C, H, W). The module may lie on any device, meta too, and is left as it is.
     """
     return int(Tape.of(module, shape, training=False).levels().max())
+
+
+def peaks_by_part(module: nn.Module, shape: Sequence[int], ends: Sequence[str]) -> list[int]:
+    """As `inference_peak`, of the parts of the pass: up to the end of each module that is named, in
+    the order in which they run, and behind the last."""
+    tape = Tape.of(module, shape, training=False, marks=ends)
+    levels = tape.levels()
+    bounds = itertools.pairwise((0, *tape.marks, len(levels)))
+    return [int(levels[start:end].max(initial=0)) for start, end in bounds]
 
 
 def training_peak(module: nn.Module, shape: Sequence[int]) -> int:
@@ -134,6 +144,7 @@ class Tape(TorchDispatchMode):
         self.last: list[int] = []
         self.maps: dict[str, Seam] = {}
         self.grads: dict[str, Seam] = {}
+        self.marks: list[int] = []  # the moments at which the marked modules had run
         self._added: list[tuple[int, int]] = []
         self._alive: dict[int, int] = {}  # the id of a storage -> its number
 
@@ -145,14 +156,21 @@ class Tape(TorchDispatchMode):
         *,
         training: bool,
         cuts: Iterable[str] = (),
+        marks: Iterable[str] = (),
         input_gradient: bool = False,
     ) -> "Tape":
         """Of one pass or training step of a copy, cut behind the modules named by `cuts`."""
+
+        def mark(*_: object) -> None:
+            tape.marks.append(len(tape.sizes))
+
         tape = cls()
         with FakeTensorMode(allow_non_fake_inputs=True):
             network = _on_fake_cpu(module).train(training)
             for path in cuts:
                 network.get_submodule(path).register_forward_hook(partial(_cut, tape, path))
+            for path in marks:
+                network.get_submodule(path).register_forward_hook(mark)
             floats = (p.dtype for p in network.parameters() if p.is_floating_point())
             dtype = next(floats, torch.float32)
             with torch.set_grad_enabled(training), tape:

@@ -43,7 +43,14 @@ from nasattn.record import Cost, Score
 from nasattn.report import write_report
 from nasattn.search import final_text, outage
 from nasattn.search.display import Display
-from nasattn.search.final import Evaluation, contenders, control_of, evaluations, summarise
+from nasattn.search.final import (
+    Evaluation,
+    contenders,
+    control_of,
+    evaluations,
+    means,
+    summarise,
+)
 from nasattn.search.loop import Search
 from nasattn.search.retrain import Retraining
 from nasattn.search.study import FACTS, Study
@@ -314,6 +321,11 @@ def test_what_is_chosen_by_name_goes_by_the_finals_means_on_val(study: Study) ->
     for seed in range(3):
         evaluate(study, front[-2].architecture, seed, reason="oops")
     assert study.select("best") == front[2], "what fails by every seed is not chosen"
+    limits = {"macs": front[1].cost.values["macs"] - 1}
+    stored = evaluations(study.optuna.user_attrs)
+    assert means(study.config, limits, planned, stored).keys() == {front[0].architecture.key}
+    none = {"macs": front[0].cost.values["macs"] - 1}
+    assert means(study.config, none, planned, stored) == {}, "over the budget none is chosen"
 
 
 def by_table(values: Any) -> dict[str, Any]:

@@ -123,11 +123,12 @@ def progress(
 
 def means(
     experiment: Experiment,
+    limits: Mapping[str, float],
     planned: Sequence[Contender],
     stored: Mapping[tuple[str, int], Evaluation],
 ) -> dict[str, float]:
     """The mean accuracy on val of the baseline and of each member of the frontier, by key, once all
-    evaluations are done; what has failed by every seed has none."""
+    evaluations are done; what has failed by every seed has none, nor what is over the budget."""
     final = experiment.final
     if final is None or _unfinished(progress(final, planned, stored)):
         return {}
@@ -138,7 +139,7 @@ def means(
             if (e := stored[c.architecture.key, seed]).val is not None
         ]
         for c in planned
-        if c.trial and {"baseline", "frontier"}.intersection(c.roles)
+        if c.trial and c.trial.cost.within(limits) and set(c.roles) & {"baseline", "frontier"}
     }
     return {key: fmean(values) for key, values in found.items() if values}
 

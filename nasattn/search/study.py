@@ -183,7 +183,8 @@ class Study:
         if self.config.final is None:
             return {}
         planned = contenders(trials, self.frontier(trials))
-        return means(self.config, planned, evaluations(self.optuna.user_attrs))
+        stored = evaluations(self.optuna.user_attrs)
+        return means(self.config, self.facts["limits"], planned, stored)
 
     def chosen_from(self, trials: Sequence[Trial]) -> list[Trial]:
         """What `knee`, `best` and a limit choose from, the most accurate last: the frontier or,
@@ -191,8 +192,7 @@ class Study:
         front, found = self.frontier(trials), self.final_means(trials)
         if not found:
             return front
-        limits = self.facts["limits"]
-        pool = [t for t in trials if t.architecture.key in found and t.cost.within(limits)]
+        pool = [t for t in trials if t.architecture.key in found]
         mask = non_dominated(self._points(pool, found))
         front = [trial for trial, keep in zip(pool, mask, strict=True) if keep]
         return sorted(front, key=lambda t: (found[t.architecture.key], -t.number))

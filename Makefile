@@ -17,9 +17,10 @@ quickstart: setup
 
 # The slow tests, which CI runs too: make test PYTEST=
 PYTEST ?= -m "not slow"
+XDIST := --numprocesses auto --dist worksteal
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(XDIST) $(PYTEST)
 
 # The tests with the oldest versions that pyproject.toml names, in an environment of their own: for
 # whoever changes one.
@@ -28,13 +29,13 @@ lowest:
 	python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 		print('\n'.join(d.replace('>=', '==') for d in project['dependencies']))" >.venv-lowest/lowest.txt
 	.venv-lowest/bin/pip install --quiet -e '.[dev]' -c .venv-lowest/lowest.txt
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(XDIST) -m "not slow"
 
 # The tests with a newer Python than that of .venv, in an environment of their own; CI runs them where
 # there is one.
 NEWER ?= python3.13
 newer: .venv-newer/ready
-	OMP_NUM_THREADS=1 .venv-newer/bin/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 .venv-newer/bin/python -m pytest $(XDIST) -m "not slow"
 
 .venv-newer/ready: pyproject.toml
 	$(NEWER) -m venv .venv-newer

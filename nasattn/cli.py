@@ -370,19 +370,22 @@ def blocks(
         print_blocks(rows)
 
 
-def _nothing_left(found: "Study", experiment: "Experiment", total: int) -> bool:
-    """Whether a study of so many trials is complete, with its files in place; if not, how far it is
-    is said, before the seconds that it takes to load what trains."""
+def _print_complete(found: "Study", experiment: "Experiment", total: int, *, anyway: bool) -> bool:
+    """Print a study of so many trials where it is complete. Else, or where it is to go on `anyway`,
+    say how far it is, before the seconds that it takes to load what trains: False."""
     from nasattn.search.opening import claim_folder
     from nasattn.search.study import finished
+    from nasattn.tables import print_results
 
     with _loading():
         complete = _patiently(lambda: found.complete(experiment, total))
         done = _patiently(lambda: finished(found.trials))
-    if complete:
+    if complete and not anyway:
         claim_folder(found.storage, found.name)
         found.write_frontier()
         found.write_final()
+        print(found.completion())
+        print_results(found)
         return True
     told = f"{done:,} of {total:,} trials are done"
     if done > total:
@@ -404,11 +407,9 @@ def _search(
     """again: what goes on with it, for people."""
     from nasattn.tables import console, print_results
 
-    count = workers or experiment.search.workers
-    bare = launcher == "local" and not options and not retry  # others are checked all the same
-    if found and _nothing_left(found, experiment, trials or experiment.search.trials) and bare:
-        print(found.completion())
-        print_results(found)
+    total, count = trials or experiment.search.trials, workers or experiment.search.workers
+    anyway = launcher != "local" or bool(options) or retry  # launchers are checked all the same
+    if found and _print_complete(found, experiment, total, anyway=anyway):
         return
 
     with _loading():

@@ -29,7 +29,7 @@ Key = tuple[str, ...]  # a row's labels, in the space's order
 
 DRAWS = 10_000  # after which a draw gives up
 LISTED = 20_000  # spaces with at most so many feasible architectures are listed, to end exactly
-BEHIND = ("head",)
+BEHIND = ("head",)  # the part of a network behind its last block
 
 
 class Pricing:
@@ -133,7 +133,10 @@ class Pricing:
 
 
 class Candidates:
-    """The architectures of a space that fit a budget, as rows: parameter -> label."""
+    """The architectures of a space that fit a budget, as rows: parameter -> label.
+
+    asked: the budget's limits; limits: the same, less what a prediction may be wrong by.
+    """
 
     def __init__(self, pricing: Pricing, limits: Mapping[str, float]) -> None:
         self.pricing, self.space, self.asked = pricing, pricing.space, limits

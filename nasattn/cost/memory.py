@@ -159,7 +159,8 @@ class Tape(TorchDispatchMode):
         marks: Iterable[str] = (),
         input_gradient: bool = False,
     ) -> "Tape":
-        """Of one pass or training step of a copy, cut behind the modules named by `cuts`."""
+        """Of one pass or training step of a copy, cut behind the modules named by `cuts`. marks:
+        the modules at whose ends `marks` are set, in the order in which they run."""
 
         def mark(*_: object) -> None:
             tape.marks.append(len(tape.sizes))

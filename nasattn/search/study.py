@@ -126,9 +126,16 @@ class Study:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
             raise AssertionError("scores of different evaluators cannot share a frontier")
-        mask = non_dominated(self._points(scored))
-        front = [trial for trial, keep in zip(scored, mask, strict=True) if keep]
-        return sorted(front, key=lambda t: (accuracy(t), -t.number))
+        return self._front(scored)
+
+    def _front(
+        self, trials: Sequence[Trial], found: Mapping[str, float] | None = None
+    ) -> list[Trial]:
+        """Those that no other dominates, best accuracy last; found: as in `_points`."""
+        points = self._points(trials, found)
+        rows = zip(trials, points, non_dominated(points), strict=True)
+        front = [(-point[0], -trial.number, trial) for trial, point, keep in rows if keep]
+        return [trial for *_, trial in sorted(front, key=lambda member: member[:2])]
 
     def frontier_rows(self) -> list[dict[str, Any]]:
         """The frontier as `nasattn pareto --json` prints it. `final`: the row of `final`, with that
@@ -189,19 +196,19 @@ class Study:
     def chosen_from(self, trials: Sequence[Trial]) -> list[Trial]:
         """What `knee`, `best` and a limit choose from, the most accurate last: the frontier or,
         where there are `final_means`, what of it and the baseline is non-dominated by them."""
-        front, found = self.frontier(trials), self.final_means(trials)
+        return self._chosen_from(trials, self.final_means(trials))
+
+    def _chosen_from(self, trials: Sequence[Trial], found: Mapping[str, float]) -> list[Trial]:
         if not found:
-            return front
-        pool = [t for t in trials if t.architecture.key in found]
-        mask = non_dominated(self._points(pool, found))
-        front = [trial for trial, keep in zip(pool, mask, strict=True) if keep]
-        return sorted(front, key=lambda t: (found[t.architecture.key], -t.number))
+            return self.frontier(trials)
+        return self._front([t for t in trials if t.architecture.key in found], found)
 
     def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
         """The frontier's member that stands out most, of equal ones the most accurate. The plain
         backbone, for which nobody has to search, only where no other does anything else."""
         trials = self.trials if trials is None else trials
-        front, found = self.chosen_from(trials), self.final_means(trials)
+        found = self.final_means(trials)
+        front = self._chosen_from(trials, found)
         if not front:
             raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
         plain = next((self._points([t], found) for t in front if t.baseline), None)

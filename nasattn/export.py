@@ -28,7 +28,7 @@ from nasattn.model import build
 from nasattn.record import Trial, amount, counted
 from nasattn.search.final_text import interval, judged_on
 from nasattn.search.study import Study
-from nasattn.skeleton import changes
+from nasattn.skeleton import LEFT_OUT, changes
 
 FILES = "architecture.yaml", "weights.safetensors", "model.onnx", "README.md"
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
@@ -51,6 +51,8 @@ def check_export(out: Path) -> None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(f"--out: {there} is a file; allowed: a folder")
+    if folders := [name for name in FILES if (out / name).is_dir()]:
+        raise UserError(f"--out: {out / folders[0]} is a folder; the export writes a file there")
     theirs = [name for name in FILES if (out / name).exists()]
     if theirs and not _exported(out):
         raise UserError(
@@ -233,8 +235,12 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         plain = study.facts["plain"][metric]
         rows.append((metric, f"{amount(value)} ({value / plain:.3f}x)", amount(plain)))
     changed = changes(study.config.space, architecture.backbone)
-    blocks = [f"- `{label}` at `{position}`" for position, label in changed.items()]
-    blocks += [f"- `{spec}` after `{site}`" for site, spec in architecture.specs.items()]
+    blocks = [f"- `{spec}` after `{site}`" for site, spec in architecture.specs.items()]
+    varied = [
+        f"- `{position}` is left out" if label == LEFT_OUT else f"- `{position}`: `{label}`"
+        for position, label in changed.items()
+    ]
+    none = "- none" if varied else "- none: this is the plain backbone"
     versions: dict[str, Any] = {
         "nasattn": __version__,
         "torch": torch.__version__,
@@ -249,7 +255,8 @@ def _readme(study: Study, trial: Trial, parity: str) -> str:
         number=trial.number,
         key=architecture.key,
         backbone=architecture.backbone.name,
-        blocks="\n".join(blocks) or "- none: this is the plain backbone",
+        blocks="\n".join(blocks) or none,
+        varied=VARIED.format("\n".join(varied)) if varied else "",
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
         evaluator=score.evaluator,
         own=f", of {score.accuracies[0]:.4f}" if score.repeats else "",
@@ -339,13 +346,18 @@ image = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 ```
 """
 OURS = "found by nasattn, with these blocks placed"
+VARIED = """
+The backbone's own blocks, where they are not the plain one's:
+
+{}
+"""
 README = """\
 # Trial {number} of {study}
 
 A `{backbone}` for {classes} classes, {ours} (key `{key}`):
 
 {blocks}
-
+{varied}
 | | this network | plain backbone |
 |---|---|---|
 {table}

@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, FakeStudy
 from PIL import Image
 from safetensors import safe_open
+from test_search import Write, by_formula, write
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -27,6 +28,9 @@ from nasattn.export import ExportRefused, check_export, export_trial, weights_pa
 from nasattn.record import Trial
 from nasattn.search.opening import load_study
 from nasattn.search.study import Study
+from nasattn.skeleton import changes
+
+__all__ = ["write"]
 
 NAMES = ["README.md", "architecture.yaml", "model.onnx", "weights.safetensors"]
 WHY = "the export's packages are not installed: pip install 'nasattn[export]'"
@@ -232,10 +236,38 @@ def test_files_of_a_person_are_not_replaced(exported: Exported, tmp_path: Path) 
         check_export(tmp_path)
     shutil.copy(exported.folder / "README.md", tmp_path)
     check_export(tmp_path)
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(UserError, match=r"^--out: \S+model\.onnx is a folder"):
+        check_export(tmp_path)
+    assert mine.read_text() == "mine"
     weights = exported.folder / "weights.safetensors"
     (tmp_path / "empty").touch()
     for path in (weights, tmp_path / "empty", tmp_path / "new"):
         assert weights_path(path) == path
+
+
+def test_the_readme_tells_blocks_that_are_placed_from_the_backbones_own(write: Write) -> None:
+    pytest.importorskip("onnxruntime", reason=WHY)
+    space = {
+        "backbone": {"name": "autonl", "rows": [[3, 8, 2, 3, 0.0], [3, 8, 1, 3, 0.0]]},
+        "vary": {"expansion": [3, 6], "kernel": [3], "optional": True},
+        "input": [1, 32, 64],
+        "classes": 10,
+        "sites": ["stage*.*"],
+        "blocks": {"gcnet": {"ratio": 0.25}},
+    }
+    study = by_formula(write(space=space, training={"warm_start": False}), 12)
+    own = "\nThe backbone's own blocks, where they are not the plain one's:\n\n"
+    for trial in study.trials:
+        changed = changes(study.config.space, trial.architecture.backbone)
+        specs = trial.architecture.specs
+        blocks = [f"- `{spec}` after `{site}`\n" for site, spec in specs.items()]
+        varied = [f"- `{where}`: `{label}`\n" for where, label in changed.items()]
+        varied = [line.replace(": `left_out`", " is left out") for line in varied]
+        none = "- none\n" if varied else "- none: this is the plain backbone\n"
+        told = "".join(blocks) or none
+        told += own + "".join(varied) if varied else ""
+        assert f"):\n\n{told}\n| | this" in export._readme(study, trial, "")
 
 
 def test_no_path_of_this_machine_is_in_the_files(exported: Exported) -> None:

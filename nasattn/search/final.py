@@ -4,7 +4,7 @@ The search chose its frontier by one validation split and few seeds, which flatt
 frontier, the plain backbone and a control are trained again, each with several seeds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
@@ -121,6 +121,11 @@ def progress(
     return {"evaluations": len(asked), "done": len(done), "failed": failed}
 
 
+def all_done(counts: Mapping[str, int]) -> bool:
+    """Whether all of such evaluations are done."""
+    return counts["done"] == counts["evaluations"]
+
+
 def means(
     experiment: Experiment,
     limits: Mapping[str, float],
@@ -130,7 +135,7 @@ def means(
     """The mean accuracy on val of the baseline and of each member of the frontier, by key, once all
     evaluations are done; what has failed by every seed has none, nor what is over the budget."""
     final = experiment.final
-    if final is None or _unfinished(progress(final, planned, stored)):
+    if final is None or not all_done(progress(final, planned, stored)):
         return {}
     found = {
         c.architecture.key: [
@@ -139,7 +144,7 @@ def means(
             if (e := stored[c.architecture.key, seed]).val is not None
         ]
         for c in planned
-        if c.trial and c.trial.cost.within(limits) and set(c.roles) & {"baseline", "frontier"}
+        if c.trial and _competes(c.roles, c.trial.cost, limits)
     }
     return {key: fmean(values) for key, values in found.items() if values}
 
@@ -190,9 +195,9 @@ def summarise(
     rows = [_row(experiment, c, table) for c in [*planned, *former]]
     for row in rows:
         row.update({split: _figures(row, split, rows) for split in SPLITS})
-    if not _unfinished(counts):
+    if all_done(counts):
         seed = derive(experiment.search.seed, FINAL)
-        rivals = [r for r in rows if _competes(r, limits)]
+        rivals = [r for r in rows if _competes(r["roles"], Cost(values=r["cost"]), limits)]
         judged = {s: _judge(rivals, s, experiment.costs, seed) for s in SPLITS}
     searched = experiment.training.model_copy(update={"seeds": 1})
     return {
@@ -205,10 +210,6 @@ def summarise(
         "gap": {split: _gaps(rows, split) for split in SPLITS},
         "rows": [{k: v for k, v in row.items() if k != "raw"} for row in rows],
     }
-
-
-def _unfinished(counts: Mapping[str, int]) -> bool:
-    return counts["done"] < counts["evaluations"]
 
 
 def _row(
@@ -315,11 +316,10 @@ def _gaps(rows: Sequence[dict[str, Any]], split: Split) -> dict[str, Any]:
     }
 
 
-def _competes(row: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
-    """Where the space varies the backbone, the plain one may be over the budget."""
-    if "baseline" in row["roles"]:
-        return Cost(values=row["cost"]).within(limits)
-    return "frontier" in row["roles"]
+def _competes(roles: Collection[str], cost: Cost, limits: Mapping[str, float]) -> bool:
+    """Whether it is one of those to choose from: of the frontier, or the plain backbone, which may
+    be over the budget where the space varies it."""
+    return "frontier" in roles or ("baseline" in roles and cost.within(limits))
 
 
 def _minus(left: Sequence[float | None], right: Sequence[float | None]) -> list[float | None]:

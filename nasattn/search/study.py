@@ -26,6 +26,7 @@ from nasattn.record import FINISHED, Cost, Score, State, Trial, counted
 from nasattn.search.database import shown, sqlite_path
 from nasattn.search.final import (
     Evaluation,
+    all_done,
     contenders,
     evaluations,
     means,
@@ -241,7 +242,7 @@ class Study:
         if finished(trials) < total or self.promotable(trials):
             return False
         final = self.final_progress(trials)
-        return final is None or final["done"] == final["evaluations"]
+        return final is None or all_done(final)
 
     def complete(self, experiment: Experiment, total: int) -> bool:
         """Whether a search for `experiment` of so many trials has nothing left to do: it is over,

@@ -204,12 +204,13 @@ def export(
 ) -> None:
     """Export one architecture of the frontier: YAML, weights, checked ONNX and a README."""
     from nasattn.export import ExportRefused, check_export, export_trial
+    from nasattn.search.choice import Choice
     from nasattn.search.display import Display
     from nasattn.search.loop import weights_of_trial
     from nasattn.tables import console
 
     found = _study(experiment, storage, study)
-    trial = found.select(select)
+    trial = Choice(found).named(select)
     check_export(out)
     print(f"exporting trial {trial.number} ...", file=sys.stderr, flush=True)
     trial, weights = weights_of_trial(found, trial, Display(console()))

@@ -33,12 +33,14 @@ def print_results(study: "Study") -> None:
 
 
 def print_frontier(study: "Study") -> None:
+    from nasattn.search.choice import Choice
     from nasattn.skeleton import in_words
 
     trials = study.trials
     front = study.frontier(trials)
     baseline = [t for t in trials if t.baseline and t.score]
-    knee = study.knee(trials).number if front else None
+    choice = Choice(study, trials)
+    knee = choice.knee.number if front else None
     table = Table(box=None, title=f"frontier of {study.name}", title_justify="left")
     metrics = list(study.facts["plain"])
     for column in ("trial", "accuracy", *metrics, "blocks"):
@@ -55,7 +57,7 @@ def print_frontier(study: "Study") -> None:
         name = f"{trial.number}" + (" (knee)" if trial.number == knee else over)
         table.add_row(name, score, *costs, in_words(study.config.space, trial.architecture))
     console().print(table)
-    if study.final_means(trials):
+    if choice.means:
         print("knee: by the final's means on val")
     if baseline and all(len(t.score.accuracies) == 1 for t in front if t.score):
         print("one seed a point: an anecdote, not yet a finding (training.seeds repeats them)")

@@ -42,6 +42,7 @@ from nasattn.pareto import knee, non_dominated
 from nasattn.record import Cost, Score
 from nasattn.report import write_report
 from nasattn.search import final_text, outage
+from nasattn.search.choice import Choice
 from nasattn.search.display import Display
 from nasattn.search.final import (
     Evaluation,
@@ -295,7 +296,7 @@ def test_figures_by_hand(study: Study) -> None:
 def test_what_is_chosen_by_name_goes_by_the_finals_means_on_val(study: Study) -> None:
     trials, front = study.trials, study.frontier()
     assert front[0].baseline and len(front) > 4
-    assert study.select("best") == front[-1], "no final yet"
+    assert Choice(study).named("best") == front[-1], "no final yet"
     planned = contenders(trials, front)
     val = {t.architecture.key: 0.7 for t in front}  # nothing beats the plain backbone but three
     beat = {t.number: v for t, v in zip([*front[1:3], front[-2]], (0.72, 0.79, 0.8), strict=True)}
@@ -304,23 +305,23 @@ def test_what_is_chosen_by_name_goes_by_the_finals_means_on_val(study: Study) ->
         range(3), zip(planned, [*planned[1:], None], strict=True)
     ):
         if seed == 2 and last is None:
-            assert study.chosen_from(trials) == front, "not all of the final is done"
+            assert Choice(study, trials).front == front, "not all of the final is done"
         key = contender.architecture.key
         figure = val.get(key, 0.9) + (seed - 1) * 0.01
         test = 0.9 if key == front[-1].architecture.key else 0.5
         evaluate(study, contender.architecture, seed, val=figure, test=test)
-    assert study.final_means(trials) == pytest.approx(val), "no control's, which nobody chose"
-    assert study.chosen_from(trials) == [*front[:3], front[-2]]
-    assert study.select("best") == front[-2], "by val: test only judges"
+    assert Choice(study, trials).means == pytest.approx(val), "no control's, which nobody chose"
+    assert Choice(study, trials).front == [*front[:3], front[-2]]
+    assert Choice(study).named("best") == front[-2], "by val: test only judges"
     named = [front[-2], front[2], front[1]]
     points = [[-beat[t.number], t.cost.values["macs"]] for t in named]
-    assert study.select("knee") == named[knee(points)]
+    assert Choice(study).named("knee") == named[knee(points)]
     assert study.frontier() == front, "is the search's"
     between = (front[2].cost.values["macs"] + front[-2].cost.values["macs"]) // 2
-    assert study.select(f"macs<={between}") == front[2]
+    assert Choice(study).named(f"macs<={between}") == front[2]
     for seed in range(3):
         evaluate(study, front[-2].architecture, seed, reason="oops")
-    assert study.select("best") == front[2], "what fails by every seed is not chosen"
+    assert Choice(study).named("best") == front[2], "what fails by every seed is not chosen"
     limits = {"macs": front[1].cost.values["macs"] - 1}
     stored = evaluations(study.optuna.user_attrs)
     assert means(study.config, limits, planned, stored).keys() == {front[0].architecture.key}

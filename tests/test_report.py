@@ -28,6 +28,7 @@ from nasattn.report import (
     staircase,
     write_report,
 )
+from nasattn.search.choice import Choice
 from nasattn.search.study import SCORE, Study, accuracy
 from nasattn.space import SearchSpace
 
@@ -132,7 +133,7 @@ def test_the_line_is_of_what_fits_the_budget(study: Study) -> None:
 def test_caption_says_what_the_picture_cannot(study: Study) -> None:
     figure = frontier_figure(study, study.trials)
     caption = " ".join(figure.get_supxlabel().split())
-    knee, best = study.select("knee"), study.select("best")
+    knee, best = Choice(study).named("knee"), Choice(study).named("best")
     for name, trial in (("knee", knee), ("best", best)):
         assert f"{name}: trial {trial.number}, " in caption
         for site, spec in trial.architecture.specs.items():

@@ -50,6 +50,7 @@ from nasattn.pricing import Candidates
 from nasattn.record import Score
 from nasattn.search import frontier_space, loop, opening, outage
 from nasattn.search.artifacts import open_store, share
+from nasattn.search.choice import Choice
 from nasattn.search.database import sqlite_path
 from nasattn.search.display import Display
 from nasattn.search.launchers import STORAGE
@@ -356,25 +357,25 @@ def test_the_frontier_follows_from_the_records(write: Write) -> None:
 def test_selection(write: Write) -> None:
     study = by_formula(write(), 25)
     front = study.frontier()
-    assert study.select("best") == front[-1]
-    assert study.select("knee") in front[1:] and front[0].baseline
+    assert Choice(study).named("best") == front[-1]
+    assert Choice(study).named("knee") in front[1:] and front[0].baseline
     plain, cheap, best = front[0], front[1], front[-1]
     for some, knee in (([plain, cheap, best], best), ([plain, best], best), ([plain], plain)):
         few = [plain, *(t for t in some if t != plain)]  # between two none stands out
-        assert study.knee(few) == knee
+        assert Choice(study, few).knee == knee
     same = replace(cheap, score=plain.score, cost=plain.cost)
-    assert study.knee([plain, same]) == plain, "nobody has to search for its equal"
-    assert study.knee([plain, same, best]) == best
-    assert study.select("trial=3").number == 3
+    assert Choice(study, [plain, same]).knee == plain, "nobody has to search for its equal"
+    assert Choice(study, [plain, same, best]).knee == best
+    assert Choice(study).named("trial=3").number == 3
     plain = study.facts["plain"]["macs"]
-    chosen = study.select("macs<=1.1x")
+    chosen = Choice(study).named("macs<=1.1x")
     fitting = [t for t in front if t.cost.values["macs"] <= 1.1 * plain]
     assert chosen == max(fitting, key=lambda t: t.score.accuracy if t.score else 0.0)
     with pytest.raises(UserError, match=r"did you mean 1\.05x\?"):
-        study.select("macs<=1.05")
+        Choice(study).named("macs<=1.05")
     for wrong in ("kneee", "trial=99", "latency<=3", "macs<=abc", "macs<=1"):
         with pytest.raises(UserError):
-            study.select(wrong)
+            Choice(study).named(wrong)
 
 
 def test_a_failure_is_recorded_and_the_search_goes_on(

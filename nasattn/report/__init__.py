@@ -29,6 +29,7 @@ from nasattn.report.drawing import (
     wrapped,
 )
 from nasattn.report.final import final_figure
+from nasattn.search.choice import Choice
 from nasattn.search.study import Study, accuracy
 from nasattn.skeleton import in_words
 
@@ -168,7 +169,7 @@ def _draw_panel(axes: Axes, study: Study, trials: Sequence[Trial], metric: str) 
         ms=7,
         zorder=5,
     )
-    for text, trial in _named(study, trials):
+    for text, trial in _named(Choice(study, trials)):
         _annotate(axes, text, trial, metric, pad)
     if limit is not None:
         _draw_budget(axes, limit, plain, near)
@@ -246,21 +247,20 @@ def _frame_cells(axes: Axes, specs: Sequence[str], sites: Sequence[str]) -> None
     axes.spines[:].set_visible(False)
 
 
-def _named(study: Study, trials: Sequence[Trial]) -> list[tuple[str, Trial]]:
+def _named(choice: Choice) -> list[tuple[str, Trial]]:
     """What `nasattn export` chooses by name."""
-    front = study.chosen_from(trials)
-    if not front:
+    if not choice.front:
         return []
-    knee, best = study.knee(trials), front[-1]
+    knee, best = choice.knee, choice.front[-1]
     return [("knee, best", knee)] if knee == best else [("knee", knee), ("best", best)]
 
 
 def _frontier_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
     scored = [t for t in trials if t.score]
     lines = []
-    found = study.final_means(trials)
-    for name, trial in _named(study, trials):
-        mean = found.get(trial.architecture.key)
+    choice = Choice(study, trials)
+    for name, trial in _named(choice):
+        mean = choice.means.get(trial.architecture.key)
         of_final = "" if mean is None else f" (the final's mean on val {100 * mean:.2f} %)"
         costs = ", ".join(
             f"{short(value)} {metric} ({value / study.facts['plain'][metric]:.3f}x)"

@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine
 
 from nasattn.architecture import Architecture
-from nasattn.config import Experiment, Limit, differences, mistaken
+from nasattn.config import Experiment, differences
 from nasattn.errors import UserError
 from nasattn.files import Files, replace_file
-from nasattn.pareto import hypervolume, knee, non_dominated
+from nasattn.pareto import hypervolume, non_dominated
 from nasattn.record import FINISHED, Cost, Score, State, Trial, counted
 from nasattn.search.database import shown, sqlite_path
 from nasattn.search.final import (
@@ -29,7 +28,6 @@ from nasattn.search.final import (
     all_done,
     contenders,
     evaluations,
-    means,
     progress,
     summarise,
 )
@@ -127,13 +125,13 @@ class Study:
             return []
         if len({t.score.evaluator for t in scored if t.score}) > 1:
             raise AssertionError("scores of different evaluators cannot share a frontier")
-        return self._front(scored)
+        return self.front_of(scored)
 
-    def _front(
+    def front_of(
         self, trials: Sequence[Trial], found: Mapping[str, float] | None = None
     ) -> list[Trial]:
-        """Those that no other dominates, best accuracy last; found: as in `_points`."""
-        points = self._points(trials, found)
+        """Those that no other dominates, best accuracy last; found: as in `points`."""
+        points = self.points(trials, found)
         rows = zip(trials, points, non_dominated(points), strict=True)
         front = [(-point[0], -trial.number, trial) for trial, point, keep in rows if keep]
         return [trial for *_, trial in sorted(front, key=lambda member: member[:2])]
@@ -156,14 +154,14 @@ class Study:
         baseline = next((t for t in trials if t.baseline and t.score), None)
         if baseline is None:
             return None
-        return self._share(self._points([t for t in trials if t.score]), baseline)
+        return self._share(self.points([t for t in trials if t.score]), baseline)
 
     def growth(self, trials: Sequence[Trial], parts: int = 24) -> list[float]:
         """The hypervolume after each of so many equal parts of the scored trials."""
         scored = [t for t in trials if t.score]
         if not scored or not scored[0].baseline:
             return []
-        points = np.array(self._points(scored))
+        points = np.array(self.points(scored))
         parts = min(parts, len(scored))
         ends = [len(scored) * (part + 1) // parts for part in range(parts)]
         front, volumes = points[:0], list[float]()
@@ -184,57 +182,6 @@ class Study:
             box *= high - low
         reference = [-accuracy(baseline), *(high for _, high in costs)]
         return hypervolume(points, reference) / box if box > 0 else 0.0
-
-    def final_means(self, trials: Sequence[Trial]) -> dict[str, float]:
-        """Architecture key -> mean accuracy on val in the `final`, once all of that is done. Not on
-        test, which is there to judge what these choose."""
-        if self.config.final is None:
-            return {}
-        planned = contenders(trials, self.frontier(trials))
-        stored = evaluations(self.optuna.user_attrs)
-        return means(self.config, self.facts["limits"], planned, stored)
-
-    def chosen_from(self, trials: Sequence[Trial]) -> list[Trial]:
-        """What `knee`, `best` and a limit choose from, the most accurate last: the frontier or,
-        where there are `final_means`, what of it and the baseline is non-dominated by them."""
-        return self._chosen_from(trials, self.final_means(trials))
-
-    def _chosen_from(self, trials: Sequence[Trial], found: Mapping[str, float]) -> list[Trial]:
-        if not found:
-            return self.frontier(trials)
-        return self._front([t for t in trials if t.architecture.key in found], found)
-
-    def knee(self, trials: Sequence[Trial] | None = None) -> Trial:
-        """The frontier's member that stands out most, of equal ones the most accurate. The plain
-        backbone, for which nobody has to search, only where no other does anything else."""
-        trials = self.trials if trials is None else trials
-        found = self.final_means(trials)
-        front = self._chosen_from(trials, found)
-        if not front:
-            raise UserError(f"the study '{self.name}' has no scored trial within its budget yet")
-        plain = next((self._points([t], found) for t in front if t.baseline), None)
-        others = [t for t in reversed(front) if self._points([t], found) != plain]
-        front = others or [t for t in front if t.baseline]
-        return front[knee(self._points(front, found))]
-
-    def select(self, choice: str) -> Trial:
-        """A trial by `knee`, `best`, `trial=N`, or the best one within a limit (`macs<=1.1x`)."""
-        trials = self.trials
-        knee, front = self.knee(trials), self.chosen_from(trials)
-        if choice == "knee":
-            return knee
-        if choice == "best":
-            return front[-1]
-        if match := re.fullmatch(r"trial=(\d+)", choice):
-            scored = {t.number: t for t in trials if t.score}
-            if int(match[1]) not in scored:
-                raise UserError(f"trial {match[1]} has no score; scored: {_spans(list(scored))}")
-            return scored[int(match[1])]
-        if match := re.fullmatch(r"(\w+)\s*<=\s*(\S+)", choice):
-            return self._within(match[1], match[2], front)
-        raise UserError(
-            f"--select: got '{choice}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
-        )
 
     def over(self, total: int, trials: Sequence[Trial] | None = None) -> bool:
         """Whether nothing is left to do, of so many trials and of the `final`."""
@@ -399,27 +346,11 @@ class Study:
         """Of the database."""
         return self.database.engine
 
-    def _within(self, metric: str, text: str, front: Sequence[Trial]) -> Trial:
-        plain = self.facts["plain"]
-        if metric not in plain:
-            raise UserError(f"--select: unknown cost '{metric}'; allowed: {', '.join(plain)}")
-        try:
-            limit = Limit.parse(text).resolve(plain[metric])
-        except ValueError as error:
-            raise UserError(f"--select: {error}") from None
-        fitting = [t for t in front if t.cost.values[metric] <= limit]
-        if not fitting:
-            least = min(t.cost.values[metric] for t in front)
-            raise UserError(
-                f"--select: nothing on the frontier has {metric} <= {limit:,.15g}; "
-                f"the least is {least:,}{mistaken(limit, plain[metric])}"
-            )
-        return fitting[-1]
-
-    def _points(
+    def points(
         self, trials: Sequence[Trial], found: Mapping[str, float] | None = None
     ) -> list[list[float]]:
-        """found: architecture key -> accuracy, for the search's own."""
+        """What is minimised: -accuracy and the costs. found: architecture key -> accuracy, for the
+        search's own."""
         accuracies = [found[t.architecture.key] if found else accuracy(t) for t in trials]
         costs = [[t.cost.values[m] for m in self.config.costs] for t in trials]
         return [[-a, *values] for a, values in zip(accuracies, costs, strict=True)]
@@ -484,14 +415,3 @@ def read_trial(row: FrozenTrial) -> Trial:
 
 def finished(trials: Sequence[Trial]) -> int:
     return sum(t.state in FINISHED for t in trials)
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """`0-3, 5`: sorted whole numbers for people."""
-    spans: list[list[int]] = []
-    for n in sorted(numbers):
-        if spans and n == spans[-1][1] + 1:
-            spans[-1][1] = n
-        else:
-            spans.append([n, n])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans) or "none"

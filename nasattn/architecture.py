@@ -123,7 +123,8 @@ def site_order(name: str) -> list[tuple[int, int | str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A backbone with blocks placed in it. Canonical: equal networks are equal values.
+    """A backbone with blocks placed in it. Canonical: equal networks are equal values, but for a
+    site's second name, which needs the backbone to be known (nasattn.model.canonical).
 
     Placements stand in site order whatever the order given, options are complete; `input` is
     (C, H, W).

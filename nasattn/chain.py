@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = dict[str, str]
-Fits = Callable[[Mapping[str, str]], bool]
 
 BUCKETS = 1 << 14  # of a budget, where its exact units are more
 

@@ -39,15 +39,25 @@ Rate = Annotated[Float, Field(gt=0)]
 Metric = Literal["macs", "params", "latency_s", "peak_memory_bytes"]
 
 
-def _rebased(path: str, info: ValidationInfo) -> Path:
-    """A path in a file is relative to that file (given as the validation context)."""
-    return Path(info.context or ".", _expanded(path, info)).resolve()
+def rebased(path: str, folder: Path | None) -> Path:
+    """A path in a file is relative to the file's folder; None: it is stored as it is to be. Raises
+    ValueError."""
+    return Path(_storable(str(Path(folder or ".", _expanded(path, folder)).resolve())))
 
 
-def _expanded(path: str, info: ValidationInfo) -> str:
+def _storable(path: str) -> str:
+    """As the database has it, which is text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"got {path!r}, which is not UTF-8; allowed: a path that is") from None
+    return path
+
+
+def _expanded(path: str, folder: Path | None) -> str:
     """`~` and `$NAME` as a shell takes them; in files alone, as what is stored is whole. A server's
     URL stays: its password may look so."""
-    if info.context is None or (":" in path and not path.startswith("sqlite")):
+    if folder is None or (":" in path and not path.startswith("sqlite")):
         return path
     for whole, name in re.findall(r"(\$\{?(\w+)\}?)", path):
         if name not in os.environ:
@@ -149,7 +159,7 @@ class ImageFolder(Strict):
     @field_validator("root", mode="before")
     @classmethod
     def _root(cls, path: object, info: ValidationInfo) -> object:
-        return _rebased(path, info) if isinstance(path, str) else path
+        return rebased(path, info.context) if isinstance(path, str) else path
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -206,7 +216,8 @@ class Search(Strict):
     """population: of nsga2 only. trials: finished ones in the whole study, the baseline counted.
 
     stopping: pareto_halving trains every candidate to the first rung and one in eta on; when no new
-    one is to come, one in two, or in eta if that is less. rungs: their epochs, the last those of
+    one is to come, one in two, or in eta if that is less, but none that no gain seen so far could
+    bring to the frontier. rungs: their epochs, the last those of
     the whole training (default: those over eta, eta squared and so on, rounded, down to one epoch;
     at least two).
     """
@@ -309,7 +320,7 @@ class Experiment(Strict):
         """The table itself, or the path of its file: it is stored with the study."""
         if not isinstance(table, str):
             return table
-        path = _rebased(table, info)
+        path = rebased(table, info.context)
         if not path.exists():
             raise ValueError(
                 f"{path}: there is no such file; `nasattn profile`, run on the target device, "
@@ -332,12 +343,14 @@ class Experiment(Strict):
     @field_validator("storage")
     @classmethod
     def _storage(cls, url: str, info: ValidationInfo) -> str:
-        return storage_url(_expanded(url, info), info.context or ".")
+        return storage_url(_expanded(url, info.context), info.context or ".")
 
     @field_validator("artifacts")
     @classmethod
     def _artifacts(cls, url: str | None, info: ValidationInfo) -> str | None:
-        return None if url is None else artifacts_url(_expanded(url, info), info.context or ".")
+        if url is None:
+            return None
+        return artifacts_url(_expanded(url, info.context), info.context or ".")
 
     @field_validator("space", mode="before")
     @classmethod
@@ -345,7 +358,7 @@ class Experiment(Strict):
         """The space itself, or the path of the file that holds it."""
         if isinstance(space, str):
             try:
-                return SpaceFile.load(_rebased(space, info))
+                return SpaceFile.load(rebased(space, info.context))
             except UserError as error:
                 raise ValueError(str(error)) from None
         return space
@@ -453,7 +466,7 @@ def storage_url(url: str, folder: str | Path = ".") -> str:
     if scheme in ("postgresql", "postgres"):
         return f"postgresql+psycopg://{rest}"
     if sqlite and rest.strip("/") not in ("", ":memory:") and not rest.startswith("//"):
-        return f"{scheme}:///{Path(folder, rest[1:]).resolve()}"
+        return f"{scheme}:///{_storable(str(Path(folder, rest[1:]).resolve()))}"
     return url
 
 
@@ -466,7 +479,7 @@ def artifacts_url(url: str, folder: str | Path = ".") -> str:
             f"got '{url}'; allowed: a folder, s3://bucket/prefix or gs://bucket/prefix"
             + (suggest(scheme[0], ("s3", "gs")) if scheme and scheme[0] not in ("s3", "gs") else "")
         )
-    return url.rstrip("/") if bucket else str(Path(folder, url).resolve())
+    return url.rstrip("/") if bucket else _storable(str(Path(folder, url).resolve()))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,13 +1,9 @@
 """Files for use elsewhere, compared with the eager network before they are kept."""
 
 import contextlib
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 
 from nasattn import __version__
 from nasattn.config import ImageFolder
+from nasattn.cost.latency import INSTALL, lacking, quiet_exporter
 from nasattn.data.image_folder import normalisation
 from nasattn.data.images import MARGIN
 from nasattn.document import dump_yaml
@@ -30,10 +27,10 @@ from nasattn.search.final_text import interval, judged_on
 from nasattn.search.study import Study
 from nasattn.skeleton import LEFT_OUT, changes
 
-FILES = "architecture.yaml", "weights.safetensors", "model.onnx", "README.md"
+BESIDE = "model.onnx.data"  # the weights of a large network's model.onnx
+FILES = "architecture.yaml", "weights.safetensors", "model.onnx", BESIDE, "README.md"
 LIMIT = 1e-3  # the largest difference from eager that is let pass, as a share of the largest output
 BATCHES = (1, 3)
-INSTALL = "pip install 'nasattn[export]'"
 ONE_FILE = 1_500_000_000  # of weights; more go into a file beside, as ONNX ends at 2 GB
 
 
@@ -44,8 +41,7 @@ class ExportRefused(Exception):
 def check_export(out: Path) -> None:
     """Raise a UserError where an export to the folder `out` cannot succeed, or would replace files
     that are no export's, and leave no trace."""
-    missing = [n for n in ("onnx", "onnxruntime", "onnxscript") if find_spec(n) is None]
-    if missing:
+    if missing := lacking("onnxruntime"):
         names = ", ".join(missing)
         raise UserError(f"the export needs packages that are not here ({names}): {INSTALL}")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -66,7 +62,7 @@ def check_export(out: Path) -> None:
 
 
 def export_trial(study: Study, trial: Trial, weights: Mapping[str, Tensor], out: Path) -> str:
-    """Write FILES into the folder `out`.
+    """Write FILES, BESIDE where it is needed, into the folder `out`.
 
     Returns what a person should know of them. An error leaves `out` as it was, and files of other
     names are never touched. Raises ExportRefused as `export_onnx` does.
@@ -130,7 +126,7 @@ def export_onnx(
     exporter fails.
     """
     try:
-        with _silence():
+        with quiet_exporter():
             _write_onnx(network, shape, path, facts)
             largest, share = _difference(network, shape, path)
     except OSError:
@@ -188,22 +184,6 @@ def _difference(network: nn.Module, shape: tuple[int, int, int], path: Path) -> 
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter's progress and advice kept off the terminal; what goes wrong is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """A folder to write in; what it holds at the end moves into `out`, on an error nothing does.
 
@@ -214,8 +194,11 @@ def _replacing(out: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
             yield Path(folder)
+            large = (Path(folder) / BESIDE).exists()
             for path in sorted(Path(folder).iterdir()):
                 path.replace(out / path.name)
+            if not large:
+                (out / BESIDE).unlink(missing_ok=True)  # an earlier export's
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error}") from None
     finally:

@@ -2,33 +2,52 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryFile
+from typing import TypeVar
 from uuid import uuid4
 
 from nasattn.errors import UserError
+
+T = TypeVar("T")
 
 
 class Files:
     """Files that lie on this disk alone. `nasattn.search.artifacts` has them elsewhere too."""
 
-    def fetch(self, path: Path) -> None:
+    def fetch(self, path: Path, *, anew: bool = False) -> bool:
         """Have at its place on this disk what others have published last of a file, if they have;
-        a file that came of it here stays."""
+        a file that came of it here stays, unless `anew`. Whether it was brought now."""
+        return False
+
+    def read(self, path: Path, reader: Callable[[Path], T]) -> T:
+        """What `reader` makes of a file that is fetched; anew where that raises, as the copy on
+        this disk may be damaged. What it raises then comes out."""
+        self.fetch(path)
+        try:
+            return reader(path)
+        except FileNotFoundError:
+            raise
+        except Exception:
+            if not self.fetch(path, anew=True):
+                raise
+            return reader(path)
 
     def publish(self, path: Path, *, must: bool = False) -> None:
         """Let others find the file as it is now. must: raises Stopped where that cannot be done,
         after patience; else a failure is noted, and the next time may succeed."""
 
     def drop(self, path: Path, *, must: bool = False) -> None:
-        """Remove a file, or a folder with all in it, here and elsewhere; `must` as for publish."""
+        """Remove a file, or a folder with all in it, here, if that may be, and elsewhere; `must` as
+        for publish."""
         if path.is_dir():
             rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Know of nothing elsewhere any more; what lies there stays there."""

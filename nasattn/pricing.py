@@ -14,8 +14,8 @@ import torch
 from nasattn.architecture import NONE
 from nasattn.chain import Budget, Chain
 from nasattn.config import Experiment, mistaken
+from nasattn.cost.latency_table import LatencyTable
 from nasattn.cost.memory import MemoryTable, peaks_by_part
-from nasattn.cost.profile import LatencyTable
 from nasattn.cost.table import CostTable, Values, excess
 from nasattn.document import Source, check
 from nasattn.errors import UserError

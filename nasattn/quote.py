@@ -40,7 +40,12 @@ def quote(target: str, input_shape: tuple[int, ...] | None = None) -> dict[str, 
     function without arguments that returns an nn.Module. input_shape: of the module's input.
     """
     if ":" in target and not Path(target).exists():
-        return _of_module(target, input_shape)
+        sys.path.insert(0, "")  # as `python -m` does: the user's own code stands where they are
+        try:
+            return _of_module(target, input_shape)
+        finally:
+            with suppress(ValueError):  # that code may have changed it
+                sys.path.remove("")
     if input_shape is not None:
         raise UserError(f"--shape: {target} has its own input; allowed with MODULE:FUNCTION only")
     fields, source = load_yaml(Path(target))
@@ -63,7 +68,6 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
     module_name, _, name = path.partition(":")
     if module_name.startswith("."):
         raise UserError(f"{path}: allowed: a module's own name, such as networks.mine:make")
-    sys.path.insert(0, "")  # as `python -m` does: the user's own code stands where they are
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -71,8 +75,6 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
         near = f"; did you mean '{file[1].replace('/', '.')}:{name}'?" if file else ""
         why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: cannot be imported: {why}{near}") from error
-    finally:
-        sys.path.pop(0)
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"{path}: there is no function '{name}'{suggest(name, dir(module))}")
@@ -119,7 +121,7 @@ def _of_architecture(given: Architecture) -> dict[str, Any]:
     shapes = site_shapes(architecture.backbone, architecture.input)
     table = CostTable.build(shapes, choices, decode)
     return {
-        "key": given.key,
+        "key": architecture.key,
         "cost": table(architecture.specs),
         "backbone": table.plain,
         "by_site": [
@@ -127,7 +129,7 @@ def _of_architecture(given: Architecture) -> dict[str, Any]:
             for site, spec in architecture.specs.items()
         ],
         "by_block": by_block(architecture),
-        "notes": {"key": given.key, POOLED: f"macs {_pooled(architecture):,}"},
+        "notes": {"key": architecture.key, POOLED: f"macs {_pooled(architecture):,}"},
     }
 
 

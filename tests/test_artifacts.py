@@ -247,6 +247,26 @@ def test_a_file_here_that_came_of_the_newest_there_stays(tmp_path: Path, said: l
     assert here.read_text() == "three"
 
 
+def test_a_copy_here_that_cannot_be_read_is_brought_anew(tmp_path: Path, said: list[str]) -> None:
+    a = shelf(str(tmp_path / "store"), tmp_path / "a", said)
+    here, read = a.folder / "weights/1.safetensors", lambda path: int(path.read_text())
+    with pytest.raises(FileNotFoundError):
+        a.read(here, read)
+    a.publish(put(here, "7"))
+    for damaged in ("", "x"):
+        put(here, damaged)
+        assert a.read(here, read) == 7
+    a.publish(put(here, "eight"))
+    with pytest.raises(ValueError, match="eight"):
+        a.read(here, read)
+    next((tmp_path / "store").iterdir()).unlink()
+    with pytest.raises(ValueError, match="eight"):
+        a.read(here, read)
+    with pytest.raises(ValueError, match="eight"):
+        Files().read(here, read)
+    assert len(said) == 1 and "damaged or gone" in said[0]
+
+
 def test_who_was_overtaken_writes_over_nothing(tmp_path: Path, said: list[str]) -> None:
     a, b = (shelf(str(tmp_path / "store"), tmp_path / name, said) for name in "ab")
     here, there = a.folder / "weights/1.safetensors", b.folder / "weights/1.safetensors"

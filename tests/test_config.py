@@ -3,7 +3,9 @@
 import copy
 import itertools
 import json
+import os
 import random
+import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -905,6 +907,16 @@ def test_random_trees(tmp_path: Path) -> None:
         # JSON is YAML; unlike YAML's own writer it leaves every number as it is.
         taken += survives(tmp_path / "e.yaml", json.dumps(data).encode())
     assert 10 < taken < 130, "the mutations are too wild or too tame to tell anything"
+
+
+def test_a_path_that_the_database_cannot_hold_is_refused(folder: Path) -> None:
+    """It is stored as text."""
+    odd = folder / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    for name in ("e.yaml", "space.yaml"):
+        shutil.copy(folder / name, odd)
+    with pytest.raises(UserError, match=r"storage: got '.*caf\\udce9.*', which is not UTF-8"):
+        Experiment.load(odd / "e.yaml")
 
 
 def test_random_texts(tmp_path: Path) -> None:

@@ -236,6 +236,14 @@ def test_files_of_a_person_are_not_replaced(exported: Exported, tmp_path: Path) 
         check_export(tmp_path)
     shutil.copy(exported.folder / "README.md", tmp_path)
     check_export(tmp_path)
+    beside = tmp_path / "large" / "model.onnx.data"
+    beside.parent.mkdir()
+    beside.write_text("mine")
+    with pytest.raises(UserError, match=r"would replace model\.onnx\.data in "):
+        check_export(beside.parent)
+    with export._replacing(beside.parent) as draft:
+        (draft / "README.md").write_text(export.OURS)
+    assert not beside.exists(), "of an earlier export, whose network was larger"
     (tmp_path / "model.onnx").mkdir()
     with pytest.raises(UserError, match=r"^--out: \S+model\.onnx is a folder"):
         check_export(tmp_path)

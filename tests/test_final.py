@@ -577,6 +577,21 @@ def test_config_refuses(fake_study: FakeStudy, final: Any) -> None:
         fake_study(1, failures=0, final=final)
 
 
+def test_a_picture_before_any_point_has_a_place(fake_study: FakeStudy, tmp_path: Path) -> None:
+    """A control, of which latency and memory are not known, may be done first."""
+    study = fake_study(24, final={"seeds": 2}, failures=0)
+    control = next(c for c in contenders(study.trials, study.frontier()) if not c.trial)
+    made = Evaluation(
+        seed=0,
+        architecture=control.architecture,
+        cost=Cost(values={"params": 1}),
+        val=0.8,
+        test=0.8,
+    )
+    study.optuna.set_user_attr(made.name, made.as_dict())
+    assert any("final" in p.name for p in write_report(study, tmp_path / "first"))
+
+
 def test_the_picture_shows_the_rows(study: Study, tmp_path: Path) -> None:
     from matplotlib.container import ErrorbarContainer
 

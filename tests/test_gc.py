@@ -1,7 +1,9 @@
 """What `nasattn gc` keeps and drops, with invented trials and files of known sizes."""
 
+import errno
 import random
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import FakeStudy
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
+from nasattn import files
 from nasattn.architecture import NONE
 from nasattn.cli import app
 from nasattn.record import Score
@@ -137,6 +140,32 @@ def test_the_finals_files_are_kept_until_it_is_done(fake_study: FakeStudy) -> No
         made = Evaluation(seed=0, architecture=contender.architecture, cost=cost, val=0.5)
         study.optuna.set_user_attr(made.name, made.as_dict())
     assert collect(study).freed == 10 and not backbone.exists()
+
+
+def test_what_cannot_be_removed_is_named_and_counts_as_kept(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, say."""
+    (folder, *_) = (i.path for i in collect(study, dry_run=True).dropped if i.path.is_dir())
+    (file, *_) = (i.path for i in collect(study, dry_run=True).dropped if i.path.is_file())
+    unlink, size = Path.unlink, total(study.folder)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(files, "rmtree", lambda p, **k: None if p == folder else rmtree(p, **k))
+    done = collect(study)
+    assert {i.path for i in done.stuck} == {file, folder} <= {i.path for i in done.kept}
+    assert size - done.freed == done.left == total(study.folder)
+    options = ["gc", "--storage", study.storage, "--study", study.name]
+    said = CliRunner().invoke(app, options)
+    assert said.exit_code == 1 and said.stdout.startswith("freed 0 bytes")
+    assert f"{file} cannot be removed" in said.stderr and f"{folder} cannot" in said.stderr
+    monkeypatch.undo()
+    assert CliRunner().invoke(app, options).exit_code == 0 and not folder.exists()
 
 
 def test_the_command_says_what_it_freed_and_what_would_be_needed(study: Study) -> None:

@@ -50,6 +50,7 @@ from nasattn.space import SearchSpace
 from nasattn.space_file import SpaceFile
 
 QUICK = TimingProtocol(warmup=1, rounds=40, most=80)
+LOOSE = TimingProtocol(rounds=2, most=2, tolerance=1e9)
 
 
 class Machine:
@@ -158,6 +159,13 @@ def test_what_settles_late_is_kept() -> None:
     assert not refused
     assert settled["late"].seconds == 1e-3
     assert settled["late"].n == 40
+
+
+def test_one_round_has_no_halves() -> None:
+    for rounds, most in ((1, 1), (4, 3)):
+        with pytest.raises(UserError, match=rf"^rounds: got {rounds} with most {most}; allowed"):
+            TimingProtocol(rounds=rounds, most=most)
+    assert measure_latency(nn.Conv2d(3, 4, 3), (3, 64, 64), protocol=LOOSE).n == 2
 
 
 def test_a_clock_that_ticks_too_slowly_is_refused() -> None:
@@ -500,6 +508,64 @@ def test_what_is_refused_is_named_and_alone_tried_again(
     table.check_space(tiny_space)
 
 
+def test_what_a_runtime_refuses_whole_is_no_reading_of_the_backbone(
+    tiny_space: SearchSpace, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.yaml"
+
+    class Refusing(Invented):
+        def prepare(self, module: nn.Module, shape: Sequence[int]) -> Run:
+            if not hasattr(module, "classifier"):
+                raise LatencyRefused("it cannot run it")
+            return super().prepare(module, shape)
+
+    with pytest.raises(LatencyRefused, match=r"it cannot run it"):
+        profile(tiny_space, path, Refusing(machine=Machine(1.0, 0.0)), protocol=QUICK, networks=4)
+    profile(tiny_space, path, exact(), protocol=QUICK, networks=4)
+    assert min(LatencyTable.load(path).plain_by_group) > 0
+
+
+def test_the_plain_backbones_block_adds_nothing_though_it_settled_last(
+    skeleton_space: SearchSpace, tmp_path: Path
+) -> None:
+    path, plain = tmp_path / "table.yaml", skeleton_space.baseline()
+    own = exact().seconds(build(plain).get_submodule("stage2.1"))
+
+    class Shaky(Invented):
+        def prepare(self, module: nn.Module, shape: Sequence[int]) -> Run:
+            if self.seconds(module) == own:
+                raise LatencyRefused("not at first")
+            return super().prepare(module, shape)
+
+    with pytest.raises(LatencyRefused, match="not at first"):
+        profile(skeleton_space, path, Shaky(machine=Machine(1.0, 0.0)), protocol=QUICK, networks=4)
+    table = profile(skeleton_space, path, exact(), protocol=QUICK, networks=4)
+    for position in skeleton_space.skeleton.positions if skeleton_space.skeleton else ():
+        assert table.entries[f"{position.name}:block", position.labels[0]] == 0
+    row = skeleton_space.row_of(plain)
+    assert row and table(row) == table({})
+
+
+def test_a_site_with_a_map_that_is_known_needs_no_block_timed(tmp_path: Path) -> None:
+    text = """\
+backbone: {name: mobilenet_v2, head: 16, rows: [[1, 8, 1, 1], [3, 12, 3, 2]]}
+input: [3, 32, 32]
+classes: 4
+sites: SITES
+blocks: {se: {}, eca: {}, simam: {}, lightnl: {ratio: [0.25, 0.5]}}
+"""
+    spaces = []
+    for sites in ("[stage2.1]", "[stage2.1, stage2.2]"):
+        file = tmp_path / "space.yaml"
+        file.write_text(text.replace("SITES", sites))
+        spaces.append(SearchSpace.load(file))
+    path, target = tmp_path / "table.yaml", exact()
+    profile(spaces[0], path, exact(), protocol=QUICK, networks=5)
+    profile(spaces[1], path, target, protocol=QUICK, networks=5)
+    LatencyTable.load(path).check_space(spaces[1])
+    assert set(target.prepared) == {type(build(spaces[0].baseline())).__name__}
+
+
 def test_a_table_of_another_backbone_or_circumstance_is_not_gone_on_with(
     tiny_space: SearchSpace, tiny_table: tuple[LatencyTable, Path]
 ) -> None:
@@ -648,7 +714,7 @@ def experiment(tiny_space_file: Path, tmp_path: Path) -> Path:
 
 
 def test_an_experiment_whose_table_is_yet_to_be_made_can_be_read(
-    experiment: Path, tiny_space_file: Path, tmp_path: Path
+    experiment: Path, tiny_space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = SpaceFile.load(tiny_space_file)
     assert read_space(experiment) == (same, tmp_path / "tables/here.yaml")
@@ -656,6 +722,13 @@ def test_an_experiment_whose_table_is_yet_to_be_made_can_be_read(
     inline = tmp_path / "inline.yaml"
     inline.write_text(yaml.safe_dump({"space": yaml.safe_load(tiny_space_file.read_text())}))
     assert read_space(inline) == (same, None)
+    monkeypatch.setenv("HOME", str(tiny_space_file.parent))
+    monkeypatch.setenv("TABLES", "/tables")
+    inline.write_text(f"space: ~/{tiny_space_file.name}\nlatency: $TABLES/here.yaml")
+    assert read_space(inline) == (same, Path("/tables/here.yaml"))
+    inline.write_text(f"space: $NOWHERE/{tiny_space_file.name}")
+    with pytest.raises(UserError, match=r"inline.yaml: space: .*the environment has no \$NOWHERE"):
+        read_space(inline)
     inline.write_text("space: {classes: 10}")
     with pytest.raises(UserError, match=r"inline.yaml: space: backbone: this key is missing"):
         read_space(inline)

@@ -29,6 +29,7 @@ from test_search import Write, write
 from nasattn import load_study
 from nasattn.config import Experiment, TrainerFile
 from nasattn.errors import Stopped, UserError
+from nasattn.files import replace_file
 from nasattn.search import launchers
 from nasattn.search.launchers import visible_devices
 from nasattn.search.ray_launcher import RayProcess
@@ -473,7 +474,9 @@ def test_a_worker_on_a_full_disk_leaves_no_message_but_the_disk_tells(
 
     for free in (10**9, 0):
         monkeypatch.setattr("shutil.disk_usage", lambda _, f=free: SimpleNamespace(free=f))
-        team = Crew(Failing(TrainerFile(accelerator="cpu")), fake_study(), 1, lambda text: None)
+        study = fake_study()
+        replace_file(study.folder / "workers/0.log", "what the last search said\n")
+        team = Crew(Failing(TrainerFile(accelerator="cpu")), study, 1, lambda text: None)
         while team.tend(0):
             time.sleep(0.01)
         assert team.last_words.startswith("it left no message")

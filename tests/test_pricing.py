@@ -2,6 +2,7 @@
 
 import functools
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,17 @@ def test_a_module_that_cannot_be_counted_is_refused_with_the_reason(
         with pytest.raises(UserError, match=said):
             quote(f"{__name__}:{name}", (3, 8, 8))
     assert quote(f"{__name__}:wrapped", (3, 8, 8))["cost"] == {"macs": 0, "params": 0}
+    Path("mine_too.py").write_text(
+        "import sys\nfrom torch import nn\nsys.path.insert(0, 'lib')\n"
+        "def make():\n    import beside, inner\n    return nn.Conv2d(3, beside.WIDTH, 1)\n"
+    )
+    Path("beside.py").write_text("WIDTH = 5\n")
+    Path("lib").mkdir()
+    Path("lib/inner.py").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        assert quote("mine_too:make", (3, 8, 8))["cost"]["params"] == 20
+        assert "" not in sys.path
     with pytest.raises(UserError, match=r"did you mean 'nets\.mine:make'\?$"):
         quote("nets/mine.py:make")
     with pytest.raises(UserError, match=r"^\./mine\.py:make: allowed: a module's own name"):

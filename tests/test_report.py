@@ -28,6 +28,7 @@ from nasattn.report import (
     staircase,
     write_report,
 )
+from nasattn.report.drawing import empty_figure, save
 from nasattn.search.choice import Choice
 from nasattn.search.study import SCORE, Study, accuracy
 from nasattn.space import SearchSpace
@@ -141,6 +142,11 @@ def test_caption_says_what_the_picture_cannot(study: Study) -> None:
     for part in ("n = 22 scored trials", "mean of 3 seeds", "one trained backbone", "2 failed"):
         assert part in caption
     assert {"knee", "best"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_dollars_in_a_caption_are_no_formula(tmp_path: Path) -> None:
+    figure = empty_figure(7, 3, "title", ["photos/$_$/1.jpg could be read before"])
+    assert save(figure, tmp_path / "caption.svg").stat().st_size
 
 
 def test_staircase_is_the_best_accuracy_within_a_cost() -> None:

@@ -4,6 +4,7 @@ Where proposals and records are the matter, a formula stands for the training (`
 Lightning trainings run where the training itself is: kills, failures, weights, repeats.
 """
 
+import csv
 import gc
 import io
 import json
@@ -60,7 +61,7 @@ from nasattn.search.opening import claim_folder, find_study
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
 from nasattn.search.slots import weights_file
 from nasattn.search.study import FACTS, Study
-from nasattn.skeleton import in_words
+from nasattn.skeleton import changes, in_words
 from nasattn.space import SearchSpace
 
 Write = Callable[..., Path]
@@ -757,6 +758,14 @@ def test_a_changed_backbone_is_not_the_plain_one(write: Write) -> None:
     assert lines[0] == "plain backbone" and len(set(lines)) == 12
     assert any("expansion=3,kernel=3,se=0 @ stage" in line for line in lines)
     assert any("left_out @ stage2.1" in line for line in lines)
+    front, told = study.frontier(), study.frontier_rows()
+    for trial, row in zip(front, told, strict=True):
+        assert row["backbone"] == changes(study.config.space, trial.architecture.backbone)
+    assert len({json.dumps([row["backbone"], row["placements"]]) for row in told}) == len(front)
+    table = list(csv.DictReader((study.folder / "frontier.csv").read_text().splitlines()))
+    assert ["; ".join(f"{k}: {v}" for k, v in r["backbone"].items()) for r in told] == [
+        row["backbone"] for row in table
+    ]
     assert all(t.cost.values["macs"] <= study.facts["limits"]["macs"] for t in study.frontier())
     said = CliRunner().invoke(cli.app, ["pareto", str(path)])
     assert said.stdout.count("plain backbone") == 1

@@ -178,7 +178,7 @@ def test_rungs_that_do_not_rank_stop_nobody() -> None:
         assert (further in told) == (count < PROBES[-1])
         early = HALVING.notes(trials[:count], 40)
         assert "\n".join(early) in told and ("stops nobody" in early[-2]) == (count == PROBES[-1])
-    told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, one in 2 in the end"
+    told_of_second = "Kendall's tau 1.00 (p 0.000): one in 3 goes on, up to one in 2 in the end"
     assert f"rung of 3 epochs: {told_of_second}" in told
 
 
@@ -278,6 +278,8 @@ def test_trainings_to_come_are_counted_from_those_that_may_go_on() -> None:
     trials[23] = replace(trials[23], state="running")
     assert HALVING.to_come(trials, 24) == [0, 12, 6]
     assert HALVING.to_come(trials[:6], 24) == [18, 16 - 6, 12 - 6], "8 probes, half of 16, of 8"
+    lost = first + [trial(8 + i, 100, 0.01) for i in range(16)]
+    assert HALVING.to_come(lost, 34) == [10, 0, 0], "they are hopeless"
     probes = [replace(trial(n, 100), state="running") for n in range(4)]
     assert HALVING.to_come([], 4) == HALVING.to_come(probes, 4) == [4, 4, 4]
     last = replace(trial(7, 100, 0.2), state="running")

@@ -40,6 +40,8 @@ from torch import nn
 from nasattn.document import Strict
 from nasattn.errors import UserError, lookup
 
+INSTALL = "pip install 'nasattn[export]'"
+
 Run = Callable[[], object]
 Floats = npt.NDArray[np.float64]
 Tick = Callable[[float, float], None]
@@ -78,14 +80,20 @@ class Latency(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimingProtocol:
-    """warmup: runs of each subject before it counts. rounds: at first; doubled for what has not
-    settled, up to `most`. tolerance: the largest difference of the halves that is let pass."""
+    """warmup: runs of each subject before it counts. rounds: at first, two at least; doubled for
+    what has not settled, up to `most`. tolerance: the largest difference of the halves."""
 
     warmup: int = 5
     rounds: int = 200
     most: int = 3200
     tolerance: float = 0.05
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.rounds <= self.most:
+            raise UserError(
+                f"rounds: got {self.rounds} with most {self.most}; allowed: from 2 to `most`"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +126,10 @@ class Target:
         lookup(RUNTIMES, self.runtime, "runtime")
         lookup(CLOCKS, self.device, "device")
         if self.runtime != "torch":
-            missing = [name for name in PACKAGES[self.runtime] if find_spec(name) is None]
-            if missing:
+            if missing := lacking(self.runtime):
                 raise UserError(
                     f"runtime {self.runtime}: packages are not here ({', '.join(missing)}): "
-                    "pip install 'nasattn[export]'"
+                    f"{INSTALL}"
                 )
             if self.device != "cpu" or self.channels_last:
                 raise UserError(
@@ -163,6 +170,11 @@ class Target:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "load": [load_average()],
         }
+
+
+def lacking(runtime: str) -> list[str]:
+    """The packages of a runtime that are not installed."""
+    return [name for name in PACKAGES[runtime] if find_spec(name) is None]
 
 
 def measure_latency(
@@ -238,7 +250,7 @@ def _judge(
 ) -> Latency | str:
     """The latency, or why it is none. beside: the reference's times in the same rounds."""
     runs = np.array(times)
-    if not min(*times, *beside) > 0:
+    if not min([*times, *beside]) > 0:
         return "it is over within a tick of the clock"
     if reference:
         scale = reference.seconds / _p25(np.array(beside))
@@ -373,7 +385,7 @@ def _executorch(module: nn.Module, image: torch.Tensor, target: Target) -> Run:
 def _lowering(runtime: str) -> Iterator[None]:
     """Without gradients, silent; whatever goes wrong is what the runtime cannot run."""
     try:
-        with _quiet_exporter(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             yield
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -381,7 +393,8 @@ def _lowering(runtime: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
+    """Torch's progress and advice kept off the terminal; what goes wrong is raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

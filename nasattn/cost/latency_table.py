@@ -153,10 +153,11 @@ class LatencyTable(Strict):
             )
 
     def adding(self, found: Mapping[Entry, Latency]) -> Self:
-        """The table with these blocks measured."""
-        blocks = dict(self.blocks)
-        for (name, label), latency in found.items():
-            blocks[name] = {**blocks.get(name, {}), label: latency}
+        """The table with these blocks measured, which come before what it had for their parameter:
+        of a backbone's own blocks the first is the plain one's."""
+        blocks: dict[str, dict[str, Latency]] = {}
+        for (name, label), latency in [*found.items(), *self.measured.items()]:
+            blocks.setdefault(name, {}).setdefault(label, latency)
         return self.replaced(blocks=blocks)
 
     def settled(self) -> Self:

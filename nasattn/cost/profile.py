@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from nasattn.architecture import NONE, Architecture, Placement
+from nasattn.config import rebased
 from nasattn.cost.calibration import Network
 from nasattn.cost.latency import (
     Latency,
@@ -33,8 +34,6 @@ from nasattn.errors import UserError
 from nasattn.model import Shape, block_inputs, build, make_block, site_shapes
 from nasattn.skeleton import LEFT_OUT, SUFFIX, Skeleton
 from nasattn.space_file import SpaceFile
-
-__all__ = ["LatencyTable", "check_context", "profile", "read_space", "subjects"]
 
 # Is told how many are done (and the share of those that run), of how many, and the noise.
 Progress = Callable[[float, int, float], None]
@@ -90,10 +89,18 @@ def read_space(path: Path) -> tuple[SpaceFile, Path | None]:
         return check(SpaceFile, fields, source), None
     space, table = fields["space"], fields.get("latency")
     if isinstance(space, str):
-        found = SpaceFile.load(path.parent / space)
+        found = SpaceFile.load(_there(path, "space", space))
     else:
         found = check(SpaceFile, space, Source(f"{source.name}: space"))
-    return found, path.parent / table if isinstance(table, str) else None
+    return found, _there(path, "latency", table) if isinstance(table, str) else None
+
+
+def _there(file: Path, key: str, path: str) -> Path:
+    """Where a path lies that a file names."""
+    try:
+        return rebased(path, file.parent)
+    except ValueError as error:
+        raise UserError(f"{file}: {key}: {error}") from None
 
 
 def profile(
@@ -122,6 +129,10 @@ def profile(
     blocks = [s for s in dict.fromkeys(needed.values()) if s not in known]
     whole = [s for s in drawn if s.name not in table.networks]
     fitted = list(drawn)[::2]
+    filled = table.adding({item: known[s] for item, s in needed.items() if s in known})
+    if list(filled.measured) != list(table.measured):
+        table = filled
+        table.save(path)
     reference = Reference(run=run, seconds=table.plain.seconds)
     bench = _Bench(target, protocol, reference, len(blocks) + len(whole), progress)
     for found in bench.time(blocks):
@@ -210,17 +221,20 @@ class _Bench:
                 except LatencyRefused as error:
                     refused[subject.name] = str(error)
                 self._tell(number / 2)  # half of the work, where a runtime compiles
+            self.done += len(group)
+            if not runs:
+                continue
             timed = time_runs(
                 runs, self.target.clock, self.protocol, self.reference, partial(self._tick, group)
             )
             refused |= {subject.name: why for subject, why in timed.refused.items()}
-            self.done, self.beside = self.done + len(group), round(timed.beside, 9)
+            self.beside = round(timed.beside, 9)
             yield timed.settled
         _refuse(refused)
 
     def _tick(self, group: Sequence[Subject], share: float, noise: float) -> None:
         self.noise = noise
-        self._tell(len(group) * (1 + share) / 2)
+        self._tell(len(group) * (share - 1) / 2)
 
     def _tell(self, running: float) -> None:
         if self.progress:

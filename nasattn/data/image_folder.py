@@ -266,7 +266,7 @@ def _checked(stamps: Mapping[Path, Stamp], root: Path) -> tuple[dict[Path, str],
     Every file is really decoded, unless an earlier run, whose check took long, found it good and
     its size and time of change are still the same.
     """
-    name = hashlib.sha256(f"{root} {PIL.__version__}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(root) + f" {PIL.__version__}".encode()).hexdigest()[:16]
     memory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nasattn", f"images-{name}.json")
     lines = {path: f"{path} {size} {time}" for path, (size, time) in stamps.items()}
     good = _recall(memory.expanduser())

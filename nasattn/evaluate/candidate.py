@@ -21,7 +21,7 @@ from nasattn.evaluate import Tick
 from nasattn.evaluate.checkpoint import Checkpoints
 from nasattn.evaluate.device import check
 from nasattn.files import Files, check_file, whole
-from nasattn.model import build, load_backbone
+from nasattn.model import build, canonical, load_backbone
 from nasattn.record import Score
 from nasattn.seed import derive
 
@@ -270,11 +270,13 @@ class Evaluator:
         return kept | {key: facts[key] for key in ("digest", "read") if key in facts}
 
     def _stored(self) -> Weights | None:
-        self.files.fetch(self._file)
-        try:
-            stored, wanted = facts_of(self._file), self._facts() | self._more()
+        def read(path: Path) -> Weights | None:
+            stored, wanted = facts_of(path), self._facts() | self._more()
             ours = all(stored.get(k, v) == v for k, v in wanted.items()) and "from" in stored
-            return load_file(self._file) if ours else None
+            return load_file(path) if ours else None
+
+        try:
+            return self.files.read(self._file, read)
         except (OSError, SafetensorError):
             return None
 
@@ -316,7 +318,7 @@ def train_architecture(
 ) -> dict[str, Any]:
     """Train one architecture from scratch by the experiment's full schedule (`pretrain`), write its
     weights to `out` and return its figures. on_test: score the test split too."""
-    place = check_file(out)
+    place, architecture = check_file(out), canonical(architecture)
     load_training(experiment.trainer)
     data = load(experiment.data, architecture.input, architecture.classes)
     check_trainable(experiment.pretrain, "pretrain", architecture, data)

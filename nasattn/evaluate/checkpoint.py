@@ -78,14 +78,8 @@ class Checkpoints:
     def read(self, name: str, network: nn.Module) -> State | None:
         """The state that was written last; None, with a note, where there is none of use."""
         path = self._path(name)
-        self.files.fetch(path)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            if metadata.get("checksum") != _checksum(tensors, metadata.get("state", "")):
-                raise ValueError("it is damaged: its checksum does not fit")
-            text = json.loads(metadata["state"])
+            tensors, text = self.files.read(path, _whole)
             wanted = self._belongs()
             if {k: wanted[k] for k in LATER if k in wanted} | text["belongs"] != wanted:
                 raise ValueError("it belongs to another training")
@@ -143,6 +137,16 @@ class Checkpoints:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an undamaged file, and what stands beside them."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if metadata.get("checksum") != _checksum(tensors, metadata.get("state", "")):
+        raise ValueError("it is damaged: its checksum does not fit")
+    return tensors, json.loads(metadata["state"])
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

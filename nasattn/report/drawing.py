@@ -41,7 +41,8 @@ def empty_figure(width: float, height: float, title: str, lines: Sequence[str]) 
     figure = Figure(figsize=(width, height + 0.16 * len(lines)), layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.015, ha="left", fontsize=12, fontweight="bold")
-    figure.supxlabel("\n".join(lines), x=0.015, ha="left", fontsize=8, linespacing=1.35)
+    caption = figure.supxlabel("\n".join(lines), x=0.015, ha="left", fontsize=8, linespacing=1.35)
+    caption.set_parse_math(False)  # the reason of a failure may have dollars
     return figure
 
 

@@ -43,6 +43,8 @@ def _draw_panel(axes: Axes, final: Mapping[str, Any], metric: str, plain: float)
     members = [r for r in rows if "frontier" in r["roles"] and r not in base]
     beside = {r["control"] for r in members}
     controls = [r for r in rows if r["roles"] == ["control"] and r["key"] in beside]
+    if not rows:  # a control whose cost is not known may come first
+        return
     values = [r["cost"][metric] for r in rows]
     extent = max(values) - min(values) or max(values)
     step = 0.008 * extent  # intervals at one cost stand side by side

@@ -202,8 +202,8 @@ class Shelf(Files):
         self._ids = set[str]()  # this process's own: of an upload it may not know that it succeeded
         create_table(engine, TABLE)
 
-    def fetch(self, path: Path) -> None:
-        patiently(lambda: self._fetch(path), self.note)
+    def fetch(self, path: Path, *, anew: bool = False) -> bool:
+        return patiently(lambda: self._fetch(path, anew), self.note)
 
     def publish(self, path: Path, *, must: bool = False) -> None:
         name = self._name(path)
@@ -213,7 +213,7 @@ class Shelf(Files):
 
     def drop(self, path: Path, *, must: bool = False) -> None:
         super().drop(path)
-        _origin(path).unlink(missing_ok=True)
+        super().drop(_origin(path))
         self._do(lambda: self._drop(self._name(path)), must, f"{path} cannot be dropped")
 
     def forget(self) -> None:
@@ -241,24 +241,25 @@ class Shelf(Files):
         except Exception as error:  # whatever it is, the training goes on
             self.note(f"{failed}: {cause(error)}")
 
-    def _fetch(self, path: Path) -> None:
-        name, lost = self._name(path), ""
+    def _fetch(self, path: Path, anew: bool) -> bool:
+        name, lost, here = self._name(path), "", "" if anew else _came_of(path)
         while row := self._row(name):
             self._seen[name] = row.id
-            if row.id in (_came_of(path), lost):
+            if row.id in (here, lost):
                 break
             content = self._content(row)
             if content is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, content)
                 _write(_origin(path), row.id.encode())
-                break
+                return True
             lost = row.id  # unless it was replaced after its row was read
         else:
             self._seen[name] = ""
-            return
+            return False
         if lost == row.id:
             self.note(f"{name}: what {self.store.url} has of it is damaged or gone: passed over")
+        return False
 
     def _publish(self, path: Path, name: str, id: str) -> None:
         """May have come to any point before: it is tried again with the same id."""

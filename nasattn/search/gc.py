@@ -38,10 +38,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
-    """What was dropped (or would be), and what is kept."""
+    """What was dropped (or would be), and what is kept. stuck: of that, what was to be dropped and
+    could not be removed from this disk."""
 
     dropped: Sequence[Item]
     kept: Sequence[Item]
+    stuck: Sequence[Item] = ()
 
     @property
     def freed(self) -> int:
@@ -77,7 +79,9 @@ def collect(
         found = _chosen(study, limit, busy)
         for item in found.dropped:
             study.files.drop(item.path, must=True)
-    return found
+    stuck = [item for item in found.dropped if item.path.exists()]
+    gone = [item for item in found.dropped if item not in stuck]
+    return Collection(dropped=gone, kept=[*found.kept, *stuck], stuck=stuck)
 
 
 def _chosen(study: Study, limit: float | None, busy: bool) -> Collection:

@@ -346,9 +346,8 @@ class Search:
         """The score of a training that had ended when the database or the process went away: it
         stands with the weights."""
         path = weights_file(self.study, job.trial.number)
-        self.study.files.fetch(path)
         try:
-            facts = facts_of(path)
+            facts = self.study.files.read(path, facts_of)
         except (OSError, SafetensorError):
             return None
         if facts.get("of") != job.token or "score" not in facts:
@@ -445,11 +444,11 @@ def weights_of_trial(study: Study, trial: Trial, display: Display) -> tuple[Tria
     path = weights_file(study, trial.number)
     token = study.rows()[trial.number].user_attrs.get(TOKEN, "")
     share(study, open_store(study.config.artifacts, study), display.note)
-    study.files.fetch(path)
     try:
         # One of another database's study may have lain there since.
-        if facts_of(path).get("of", "") == token:
-            return trial, load_file(path)
+        facts, weights = study.files.read(path, lambda file: (facts_of(file), load_file(file)))
+        if facts.get("of", "") == token:
+            return trial, weights
         display.note(f"{path} is of another study")
     except FileNotFoundError:
         pass

@@ -2,8 +2,9 @@
 
 Every candidate is trained to the first rung, the best few of each rung on to the next. When no new
 one is to come, those stopped before go on, the best first, until the better half of each rung has
-(one in `eta`, where that is more). All is derived from the study's rows and how many there are to
-be, so any number of workers, and those that come later, decide alike.
+(one in `eta`, where that is more), but for those, often the most, that no gain seen so far could
+bring to the frontier. All is derived from the study's rows and how many there are to be, so any
+number of workers, and those that come later, decide alike.
 After Li et al. 2020 (ASHA, https://arxiv.org/abs/1810.05934), who have one objective; ranks within
 bands of cost are in its place here, since the cheapest network is never dominated and would always
 survive.
@@ -66,8 +67,8 @@ class ParetoHalving:
 
     def survivors(self, level: int, trials: Sequence[Trial], *, all_begun: bool) -> list[Trial]:
         """Who goes on from a rung (0: the first), best first: the probes, and of the others one in
-        `eta` of all that reached it (in the end one in two, where that is more). A rung that is not
-        trusted stops nobody."""
+        `eta` of all that reached it (in the end one in two, where that is more), but for the
+        hopeless. A rung that is not trusted stops nobody."""
         probes, trusted = self.probes(trials)
         here = [t for t in trials if len(reached(t)) > level]
         first = [t for t in here if t.number < probes]
@@ -167,6 +168,10 @@ class ParetoHalving:
             stopped = sum(t.state == "stopped" and at(t, level) for t in best)
             return whole + share * (comes - whole) + stopped
         here = [t for t in trials if len(reached(t)) > level]
+        later = sum(t.number >= probes for t in here)
+        if trusted and trusted[level] and later >= PROBES[0]:  # fewer, as some are hopeless
+            best = self.survivors(level, trials, all_begun=True)
+            share = min(share, sum(t.number >= probes for t in best) / later)
         left = sum(t.state != "stopped" or not at(t, level) for t in here)
         every = len(here) + comes
         return max(0.0, min(probes, every) + share * max(0.0, every - probes) - left)
@@ -191,7 +196,7 @@ class ParetoHalving:
             told.append(f"{count} probes have ended; rank correlation with the end:")
             yes, no = "it ranks as the end does", "not seen to rank"
             if known:
-                yes = f"one in {self.eta:g} goes on, one in {self.in_the_end:g} in the end"
+                yes = f"one in {self.eta:g} goes on, up to one in {self.in_the_end:g} in the end"
                 no = "it stops nobody"
             for level, rung in enumerate(self.rungs[:-1]):
                 tau, chance = self.tau(level, first)

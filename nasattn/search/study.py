@@ -34,6 +34,7 @@ from nasattn.search.final import (
 from nasattn.search.lease import Heartbeats, workers
 from nasattn.search.rows import Database
 from nasattn.search.stopping import ParetoHalving
+from nasattn.skeleton import changes
 
 # The attribute of a study that holds the experiment and the space's costs, and of a row that holds
 # its slot, architecture and cost: one attribute, so that a row is ours whole or not at all.
@@ -144,7 +145,13 @@ class Study:
         rows = {row["key"]: row for row in final["rows"]} if final else {}
         again = {key: row | {"se": rows.get(row["control"])} for key, row in rows.items()}
         front = self.frontier(trials)
-        return [t.as_dict() | {"final": again.get(t.architecture.key)} for t in front]
+        return [self._told(t) | {"final": again.get(t.architecture.key)} for t in front]
+
+    def _told(self, trial: Trial) -> dict[str, Any]:
+        """A trial as plain data. `backbone`: where its own blocks are not the plain one's, position
+        -> label."""
+        changed = changes(self.config.space, trial.architecture.backbone)
+        return trial.as_dict() | {"backbone": changed}
 
     def hypervolume(self, trials: Sequence[Trial] | None = None) -> float | None:
         """Share of the box between the baseline's accuracy and 1, and between the cheapest
@@ -359,16 +366,16 @@ class Study:
         """frontier.json and frontier.csv in the study's folder and, as the latest study's, beside
         the database; each replaced in one step, so that a reader never sees half a file."""
         frontier = self.frontier() if frontier is None else frontier
-        rows = [t.as_dict() for t in frontier]
+        rows = [self._told(t) for t in frontier]
         text = io.StringIO()
         metrics = list(self.facts["plain"])
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["number", "key", "accuracy", "spread", "seeds", *metrics, "placements"])
+        head, tail = ("number", "key", "accuracy", "spread", "seeds"), ("placements", "backbone")
+        writer.writerow([*head, *metrics, *tail])
         for row in rows:
-            placed = "; ".join(f"{site}: {spec}" for site, spec in row["placements"].items())
             costs = [row["cost"][m] for m in metrics]
-            head = [row[k] for k in ("number", "key", "accuracy", "spread", "seeds")]
-            writer.writerow([*head, *costs, placed])
+            lists = ["; ".join(f"{at}: {what}" for at, what in row[k].items()) for k in tail]
+            writer.writerow([*(row[k] for k in head), *costs, *lists])
         for folder in (self.folder, self.folder.parent):
             replace_file(folder / "frontier.json", json.dumps(rows, indent=2) + "\n")
             replace_file(folder / "frontier.csv", text.getvalue())

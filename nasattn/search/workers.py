@@ -42,6 +42,7 @@ class Crew:
         self.command = [sys.executable, "-m", "nasattn", "resume", "--study", study.name]
         self.command += ["--workers", "1"]
         self.processes: dict[int, Process] = {}
+        self._begins: dict[int, int] = {}  # where each one's words begin in its log
         self.last_words = ""
         self._deaths, self._finished = 0, 0
         self._most = MOST_IN_A_ROW * count  # each may have met a trial that kills, in its turn
@@ -97,9 +98,9 @@ class Crew:
         return "; another takes its place"
 
     def _start(self, index: int) -> Process:
-        return self.launcher.start(
-            self.command, index, self._log(index), {STORAGE: self.study.storage}
-        )
+        log = self._log(index)
+        self._begins[index] = log.stat().st_size if log.exists() else 0
+        return self.launcher.start(self.command, index, log, {STORAGE: self.study.storage})
 
     def _log(self, index: int) -> Path:
         return self.study.folder / "workers" / f"{index}.log"
@@ -107,7 +108,8 @@ class Crew:
     def _tail(self, index: int) -> str:
         """What a worker said last."""
         try:
-            lines = self._log(index).read_text(errors="replace").strip().splitlines()
+            said = self._log(index).read_bytes()[self._begins[index] :]
+            lines = said.decode(errors="replace").strip().splitlines()
         except OSError:
             lines = []
         if lines:

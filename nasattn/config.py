@@ -287,18 +287,18 @@ class Experiment(Strict):
     storage: Annotated[str, Field(validate_default=True)] = "sqlite:///runs/nasattn.db"
     artifacts: str | None = None
     space: SpaceFile
-    data: DataFile
-    training: Training = Training()
-    pretrain: Schedule = Schedule()
+    data: Annotated[DataFile, Field(examples=["{name: cued_digits}"])]
+    training: Annotated[Training, Field(examples=["{epochs: 5}"])] = Training()
+    pretrain: Annotated[Schedule, Field(examples=["{epochs: 60}"])] = Schedule()
     objectives: Annotated[tuple[Literal["accuracy", Metric], ...], BeforeValidator(tuples)] = (
         "accuracy",
         "macs",
     )
     budget: dict[Metric, Budget] = Field(default_factory=dict, examples=["{macs: 1.1x}"])
     latency: dict[str, Any] | None = None
-    search: Search = Search()
-    final: Final | None = None
-    trainer: TrainerFile = TrainerFile()
+    search: Annotated[Search, Field(examples=["{trials: 40}"])] = Search()
+    final: Annotated[Final | None, Field(examples=["{seeds: 3}"])] = None
+    trainer: Annotated[TrainerFile, Field(examples=["{accelerator: cpu}"])] = TrainerFile()
 
     @model_validator(mode="before")
     @classmethod
@@ -319,7 +319,7 @@ class Experiment(Strict):
     def _latency(cls, table: object, info: ValidationInfo) -> object:
         """The table itself, or the path of its file: it is stored with the study."""
         if not isinstance(table, str):
-            return table
+            return _table(table, "what stands there", info)
         path = rebased(table, info.context)
         if not path.exists():
             raise ValueError(
@@ -327,9 +327,16 @@ class Experiment(Strict):
                 "makes it"
             )
         try:
-            return load_yaml(path)[0]
+            return _table(load_yaml(path)[0], path, info)
         except UserError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("final", mode="before")
+    @classmethod
+    def _final(cls, final: object, info: ValidationInfo) -> object:
+        if final is None and info.context is not None:
+            raise ValueError("got nothing; allowed: {}, which is {seeds: 3, test: true}, or no key")
+        return final
 
     @model_validator(mode="after")
     def _latency_given(self) -> Self:
@@ -451,6 +458,14 @@ class Experiment(Strict):
     @classmethod
     def from_dict(cls, fields: object, name: str = "experiment") -> Self:
         return check(cls, fields, Source(name))
+
+
+def _table(table: object, name: object, info: ValidationInfo) -> object:
+    """What a file gives for a latency table, which nasattn.cost reads where it is asked for."""
+    keys = {"context", "plain", "blocks"}
+    if info.context is not None and not (isinstance(table, dict) and keys <= table.keys()):
+        raise ValueError(f"{name} is no table of `nasattn profile`, which makes it")
+    return table
 
 
 def storage_url(url: str, folder: str | Path = ".") -> str:

@@ -63,11 +63,13 @@ class Files:
         return [[file.name, file.stat().st_mtime_ns] for file in inner if file.is_file()]
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, key: str = "") -> None:
+    """key: of the experiment, that says where it lies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made: {error.strerror}") from None
+        said = f"the folder {folder} cannot be made: {error.strerror}"
+        raise UserError(f"{key}: {said}" if key else said) from None
 
 
 def check_writable(folder: Path) -> None:

@@ -85,7 +85,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     from nasattn.search.final_text import count
 
     if final := summary["final"]:
-        summary = summary | {"final": count(final)}
+        told = count(final) if final["evaluations"] else "to come"
+        summary = summary | {"final": told}
     for key, value in summary.items():
         if key not in ("halving", "remarks", "workers", "failures"):
             shown = f"{value:.4f}" if isinstance(value, float) else value

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from nasattn.architecture import Architecture
 from nasattn.config import Experiment, Limit, differences, storage_url
 from nasattn.document import dump_yaml, load_yaml, read_number, read_whole
 from nasattn.errors import UserError
@@ -188,7 +189,7 @@ BROKEN: list[tuple[str, str, str, tuple[str, ...]]] = [
     ),
     ("lr: 5.0e-3", "lr: 0", "7: training.lr", ("got 0; should be greater than 0",)),
     ("noise: 0.1", "noise: 1.5", "4: data.noise", ("got 1.5; should be less than or equal to 1",)),
-    ("cued-digits", "a/b", "1: study", ("got 'a/b'; ", "pattern")),
+    ("cued-digits", "a/b", "1: study", ("got 'a/b'; ", "allowed: letters, digits")),
     ("cued-digits", "x" * 101, "1: study", ("at most 100 characters",)),
     (
         "adamw",
@@ -693,6 +694,8 @@ def test_round_trip(folder: Path) -> None:
     [
         ({"budget": "1.3x"}, "{macs: 1.1x}"),
         ({"study": "a b"}, "mine_2"),
+        ({"data": "cued_digits"}, "{name: cued_digits}"),
+        ({"final": True}, "{seeds: 3}"),
         ({"space": {"sites": "stage*"}}, '["stage*.*"]'),
         ({"space": {"sites": []}}, '["stage*.*"]'),
         ({"space": {"blocks": ["se"]}}, "{se: {}, lightnl: {ratio: [0.25]}}"),
@@ -907,6 +910,29 @@ def test_random_trees(tmp_path: Path) -> None:
         # JSON is YAML; unlike YAML's own writer it leaves every number as it is.
         taken += survives(tmp_path / "e.yaml", json.dumps(data).encode())
     assert 10 < taken < 130, "the mutations are too wild or too tame to tell anything"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("final:", r"^\S+e\.yaml:\d+: final: got nothing; allowed: \{\}, which is"),
+        ("latency: space.yaml", r"^\S+e\.yaml:\d+: latency: \S+space\.yaml is no table of"),
+        ("latency: {blocks: {}}", r"^\S+e\.yaml:\d+: latency: what stands there is no table of"),
+    ],
+)
+def test_what_would_else_be_noticed_late_or_never(folder: Path, text: str, said: str) -> None:
+    with (folder / "e.yaml").open("a") as file:
+        file.write(f"\n{text}\n")
+    with pytest.raises(UserError, match=said):
+        Experiment.load(folder / "e.yaml")
+
+
+def test_a_file_of_another_kind_is_told_in_a_line(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^\S+e\.yaml: has the keys study, .*; expected: backb"
+    ) as e:
+        Architecture.load(folder / "e.yaml")
+    assert "\n" not in str(e.value)
 
 
 def test_a_path_that_the_database_cannot_hold_is_refused(folder: Path) -> None:

@@ -202,6 +202,19 @@ def test_every_spelling_of_a_url_is_one_database(postgres: str, scheme: str) -> 
     assert load_study(spelled, "shared").facts == opened(spelled).facts
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("sqlit:///x.db", "got 'sqlit'; allowed: sqlite or postgresql; did you mean 'sqlite'?"),
+        ("mysql://x/y", "needs a driver: .*; allowed without one: sqlite; with pip install"),
+        ("sqlite:///{folder}", "{folder} is a folder; allowed: a file in one"),
+    ],
+)
+def test_what_is_no_database_is_told_with_what_may_be(tmp_path: Path, url: str, said: str) -> None:
+    with pytest.raises(UserError, match=said.format(folder=tmp_path).replace("?", r"\?")):
+        connect(url.format(folder=tmp_path))
+
+
 def test_a_port_that_is_no_number_is_refused() -> None:
     with pytest.raises(UserError, match=r"the URL's port is no whole number; allowed: postgresql:"):
         load_study("postgresql://me:secret@host:abc/x", "shared")

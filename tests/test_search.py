@@ -294,10 +294,18 @@ def test_a_budget_that_nothing_fits_is_refused(write: Write, budget: dict[str, A
 
 def test_what_is_no_latency_table_is_told_as_that(write: Write) -> None:
     path = write(latency={"study": "tiny"}, objectives=["accuracy", "latency_s"], budget={})
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match="latency: what stands there is no table of `nasattn prof"):
         searching(path)
-    lines = str(refused.value).splitlines()
-    assert all(line.startswith("latency: the table that `nasattn profile` makes") for line in lines)
+
+
+def test_a_latency_table_that_nothing_asks_for_may_come_and_go(write: Write) -> None:
+    table = {"context": {"date": "2026-11-28"}, "plain": {}, "blocks": {}}
+    study = by_formula(write(latency=table), 2)
+    assert by_formula(write(), 3).asked == 3
+    asked = study.config.model_copy(update={"objectives": ("accuracy", "latency_s")})
+    assert "latency: another table: of 2026-11-28 -> nothing" in study.edits(
+        asked.model_copy(update={"latency": None}), ()
+    )
 
 
 def test_the_cheapest_excess_is_named_exactly(write: Write) -> None:
@@ -351,7 +359,8 @@ def test_the_frontier_follows_from_the_records(write: Write) -> None:
     assert accuracies == sorted(accuracies)
     database = path.parent / "runs"
     for file in (database / "frontier.json", database / "tiny" / "frontier.json"):
-        assert json.loads(file.read_text()) == [t.as_dict() for t in study.frontier()]
+        told = [t.as_dict() | {"backbone": {}} for t in study.frontier()]
+        assert json.loads(file.read_text()) == told
     assert len((database / "frontier.csv").read_text().splitlines()) == len(expected) + 1
 
 
@@ -374,6 +383,8 @@ def test_selection(write: Write) -> None:
     assert chosen == max(fitting, key=lambda t: t.score.accuracy if t.score else 0.0)
     with pytest.raises(UserError, match=r"did you mean 1\.05x\?"):
         Choice(study).named("macs<=1.05")
+    with pytest.raises(UserError, match=r"did you mean 'knee'\?"):
+        Choice(study).named("kne")
     for wrong in ("kneee", "trial=99", "latency<=3", "macs<=abc", "macs<=1"):
         with pytest.raises(UserError):
             Choice(study).named(wrong)

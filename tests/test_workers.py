@@ -991,7 +991,8 @@ def test_workers_that_stop_by_themselves_are_not_replaced(
         def start(self, command: Any, index: int, log: Path, env: Any) -> ForkProcess:
             self.started += 1
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text("much\nnasattn: the disk is full\n")
+            with log.open("a") as file:
+                file.write("much\nnasattn: the disk is full\n")
             return ForkProcess(forked(lambda: os._exit(1)))
 
     launcher = Failing()

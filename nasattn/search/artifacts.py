@@ -134,7 +134,7 @@ def open_store(url: str | None, study: Study | None = None) -> Store | None:
         from optuna.artifacts import FileSystemArtifactStore, GCSArtifactStore
 
         if not separator:
-            make_folder(Path(url))
+            make_folder(Path(url), "artifacts")
             backend: ArtifactStore = FileSystemArtifactStore(url)
         elif scheme == "s3":
             backend = _s3(bucket)

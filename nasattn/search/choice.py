@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from nasattn.config import Limit, mistaken
-from nasattn.errors import UserError
+from nasattn.errors import UserError, suggest
 from nasattn.pareto import knee
 from nasattn.record import Trial
 from nasattn.search.final import contenders, evaluations, means
@@ -59,6 +59,7 @@ class Choice:
             return self._within(match[1], match[2])
         raise UserError(
             f"--select: got '{name}'; allowed: knee, best, trial=N, or a limit such as macs<=1.1x"
+            f"{suggest(name, named)}"
         )
 
     def _point(self, trial: Trial) -> list[float]:

@@ -18,16 +18,18 @@ from sqlalchemy.exc import (
     ArgumentError,
     DisconnectionError,
     IntegrityError,
+    NoSuchModuleError,
     OperationalError,
     SQLAlchemyError,
 )
 from sqlalchemy.pool import NullPool
 
 from nasattn.config import storage_url
-from nasattn.errors import UserError
+from nasattn.errors import UserError, suggest
 from nasattn.search.rows import Database
 
 CREATING = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between tries while others create the tables
+SCHEMES = ("sqlite", "postgresql")  # that are tested; Optuna knows others
 BUSY = 20  # seconds for which sqlite waits for another process's transaction
 ROOM = 2**16  # bytes; sqlite makes files beside a database to open it, and calls it an I/O error
 ANSWERS = 10  # seconds in which a server must answer at the start
@@ -54,7 +56,14 @@ def connect(storage: str) -> RDBStorage:
                 continue
             reason = _words(error)
             path = sqlite_path(storage)
-            if path and path.exists() and not os.access(path.parent, os.W_OK):
+            if isinstance(error, NoSuchModuleError):
+                scheme = storage.partition("://")[0]
+                reason = (
+                    f"got '{scheme}'; allowed: {' or '.join(SCHEMES)}{suggest(scheme, SCHEMES)}"
+                )
+            elif path and path.is_dir():
+                reason = f"{path} is a folder; allowed: a file in one"
+            elif path and path.exists() and not os.access(path.parent, os.W_OK):
                 reason += (
                     "; nothing can be written beside it: copy it, with the -wal file that belongs "
                     "to it, to where that is possible"
@@ -64,8 +73,8 @@ def connect(storage: str) -> RDBStorage:
             raise UserError(f"the database {shown(storage)} cannot be used: {reason}") from error
         except ImportError as error:
             raise UserError(
-                f"the database {shown(storage)} needs a driver: {error}; "
-                "for PostgreSQL: pip install 'nasattn[cluster]'"
+                f"the database {shown(storage)} needs a driver: {error}; allowed without one: "
+                "sqlite; with pip install 'nasattn[cluster]': postgresql"
             ) from None
     raise AssertionError("the last try returns or raises")
 

@@ -319,7 +319,7 @@ def _gaps(rows: Sequence[dict[str, Any]], split: Split) -> dict[str, Any]:
 def _competes(roles: Collection[str], cost: Cost, limits: Mapping[str, float]) -> bool:
     """Whether it is one of those to choose from: of the frontier, or the plain backbone, which may
     be over the budget where the space varies it."""
-    return bool({"baseline", "frontier"} & set(roles)) and cost.within(limits)
+    return "frontier" in roles or ("baseline" in roles and cost.within(limits))
 
 
 def _minus(left: Sequence[float | None], right: Sequence[float | None]) -> list[float | None]:

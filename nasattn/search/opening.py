@@ -106,7 +106,7 @@ def claim_folder(storage: str, name: str) -> None:
     if path is None:
         return
     marker = path.parent / name / MARKER
-    make_folder(marker.parent)
+    make_folder(marker.parent, "storage")
     owner = _owner(marker)
     filled = any(marker.parent.rglob("*.safetensors")) and not _holds(path, name)
     if owner == path.name:

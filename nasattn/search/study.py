@@ -215,9 +215,9 @@ class Study:
         old, new = self.config.as_dict(), experiment.as_dict()
         tables = [d.pop("latency", None) for d in (old, new)]
         lines = differences(old, new)
-        if tables[0] != tables[1]:
-            dates = [(table or {}).get("context", {}).get("date") for table in tables]
-            were = (f"of {date}" if date else "nothing" for date in dates)
+        used = "latency_s" in (*self.config.metrics, *experiment.metrics)
+        if used and tables[0] != tables[1]:
+            were = (f"of {t['context'].get('date')}" if t else "nothing" for t in tables)
             lines.append("latency: another table: " + " -> ".join(were))
         return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 

@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 
 from nasattn.document import (
     Float,
@@ -42,16 +43,7 @@ Metric = Literal["macs", "params", "latency_s", "peak_memory_bytes"]
 def rebased(path: str, folder: Path | None) -> Path:
     """A path in a file is relative to the file's folder; None: it is stored as it is to be. Raises
     ValueError."""
-    return Path(_storable(str(Path(folder or ".", _expanded(path, folder)).resolve())))
-
-
-def _storable(path: str) -> str:
-    """As the database has it, which is text."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"got {path!r}, which is not UTF-8; allowed: a path that is") from None
-    return path
+    return Path(folder or ".", _expanded(path, folder)).resolve()
 
 
 def _expanded(path: str, folder: Path | None) -> str:
@@ -217,9 +209,8 @@ class Search(Strict):
 
     stopping: pareto_halving trains every candidate to the first rung and one in eta on; when no new
     one is to come, one in two, or in eta if that is less, but none that no gain seen so far could
-    bring to the frontier. rungs: their epochs, the last those of
-    the whole training (default: those over eta, eta squared and so on, rounded, down to one epoch;
-    at least two).
+    bring to the frontier. rungs: their epochs, the last those of the whole training (default: those
+    over eta, eta squared and so on, rounded, down to one epoch; at least two).
     """
 
     sampler: Literal["frontier", "tpe", "nsga2", "gp", "random"] = "frontier"
@@ -281,9 +272,7 @@ class Experiment(Strict):
     latency: the target device's table, which `nasattn profile` measured, for the metric latency_s.
     """
 
-    study: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, examples=["mine_2"])
-    ]
+    study: Annotated[str, Field(max_length=100, examples=["mine_2"])]
     storage: Annotated[str, Field(validate_default=True)] = "sqlite:///runs/nasattn.db"
     artifacts: str | None = None
     space: SpaceFile
@@ -299,6 +288,16 @@ class Experiment(Strict):
     search: Annotated[Search, Field(examples=["{trials: 40}"])] = Search()
     final: Annotated[Final | None, Field(examples=["{seeds: 3}"])] = None
     trainer: Annotated[TrainerFile, Field(examples=["{accelerator: cpu}"])] = TrainerFile()
+
+    @field_validator("study")
+    @classmethod
+    def _study(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"got {name!r}; allowed: letters, digits, '.', '_' and '-', a letter or a digit "
+                "first, such as mine_2"
+            )
+        return name
 
     @model_validator(mode="before")
     @classmethod
@@ -452,7 +451,13 @@ class Experiment(Strict):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back, the space included: no file is needed again."""
-        fields: dict[str, Any] = json.loads(self.model_dump_json())
+        try:
+            fields: dict[str, Any] = json.loads(self.model_dump_json())
+        except PydanticSerializationError as error:
+            raise UserError(
+                "a path of the experiment is not UTF-8, as which it is stored with the study: "
+                f"{error}"
+            ) from None
         return fields
 
     @classmethod
@@ -463,6 +468,8 @@ class Experiment(Strict):
 def _table(table: object, name: object, info: ValidationInfo) -> object:
     """What a file gives for a latency table, which nasattn.cost reads where it is asked for."""
     keys = {"context", "plain", "blocks"}
+    if table is None:
+        return None
     if info.context is not None and not (isinstance(table, dict) and keys <= table.keys()):
         raise ValueError(f"{name} is no table of `nasattn profile`, which makes it")
     return table
@@ -481,7 +488,7 @@ def storage_url(url: str, folder: str | Path = ".") -> str:
     if scheme in ("postgresql", "postgres"):
         return f"postgresql+psycopg://{rest}"
     if sqlite and rest.strip("/") not in ("", ":memory:") and not rest.startswith("//"):
-        return f"{scheme}:///{_storable(str(Path(folder, rest[1:]).resolve()))}"
+        return f"{scheme}:///{Path(folder, rest[1:]).resolve()}"
     return url
 
 
@@ -494,7 +501,7 @@ def artifacts_url(url: str, folder: str | Path = ".") -> str:
             f"got '{url}'; allowed: a folder, s3://bucket/prefix or gs://bucket/prefix"
             + (suggest(scheme[0], ("s3", "gs")) if scheme and scheme[0] not in ("s3", "gs") else "")
         )
-    return url.rstrip("/") if bucket else _storable(str(Path(folder, url).resolve()))
+    return url.rstrip("/") if bucket else str(Path(folder, url).resolve())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

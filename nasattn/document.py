@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from nasattn.errors import UserError, suggest
+from nasattn.errors import UserError, first_few, suggest
 
 Location = tuple[int | str, ...]
 M = TypeVar("M", bound="Strict")
@@ -246,9 +246,11 @@ def check(model: type[M], data: object, source: Source, context: object = None) 
         seen = "nothing" if data is None else repr(data)[:60]
         allowed = ", ".join(model.model_fields)
         raise UserError(f"{source.name}: expected a mapping with the keys {allowed}; got {seen}")
-    if data and not data.keys() & model.model_fields.keys():
-        seen, allowed = (", ".join(map(str, keys)) for keys in (data, model.model_fields))
-        raise UserError(f"{source.name}: has the keys {seen}; expected: {allowed}")
+    names = model.model_fields
+    misspelt = sum(bool(suggest(key, names)) for key in data)
+    if data and not data.keys() & names.keys() and 2 * misspelt < len(data):  # of another kind
+        seen = first_few([str(key) for key in data])
+        raise UserError(f"{source.name}: has the keys {seen}; expected: {', '.join(names)}")
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
@@ -284,8 +286,6 @@ def _messages(model: type[BaseModel], error: ValidationError, source: Source) ->
                 yield f"{where}: {detail['msg'].split(', ', 1)[-1]}"
             case _:
                 rule = detail["msg"].replace("Input should be", "should be")
-                if detail["type"] == "string_pattern_mismatch":
-                    rule = "allowed: letters, digits, '.', '_' and '-', a letter or a digit first"
                 for ours, theirs in (("mapping", "dictionary( or .*)?"), ("list", "tuple")):
                     rule = re.sub(theirs, ours, rule, flags=re.IGNORECASE)
                 field = owner.model_fields.get(str(location[-1])) if owner and location else None

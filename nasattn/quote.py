@@ -5,8 +5,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,7 @@ def quote(target: str, input_shape: tuple[int, ...] | None = None) -> dict[str, 
     function without arguments that returns an nn.Module. input_shape: of the module's input.
     """
     if ":" in target and not Path(target).exists():
-        sys.path.insert(0, "")  # as `python -m` does: the user's own code stands where they are
-        try:
-            return _of_module(target, input_shape)
-        finally:
-            with suppress(ValueError):  # that code may have changed it
-                sys.path.remove("")
+        return _of_module(target, input_shape)
     if input_shape is not None:
         raise UserError(f"--shape: {target} has its own input; allowed with MODULE:FUNCTION only")
     fields, source = load_yaml(Path(target))
@@ -64,7 +59,42 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
+@contextmanager
+def _where_the_user_is() -> Iterator[None]:
+    """Their own code is found, as by `python -m`. Not while torch works, which imports modules of
+    Python's by names that a file there may have."""
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # that code may have changed it
+            sys.path.remove("")
+
+
 def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
+    with _where_the_user_is():
+        network = _made(path)
+    try:
+        cost = measure(network, input_shape)
+    except UserError:
+        raise
+    except Exception as error:
+        if "meta tensor" in str(error):
+            raise UserError(
+                f"{path}: its forward looks at values, so that it cannot be counted without being "
+                f"run: {error}"
+            ) from None
+        shape = list(input_shape or (3, 224, 224))
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        raise UserError(
+            f"{path}: does not run on the input {shape} (--shape sets another): {kind}{error}"
+        ) from error
+    notes = {"input": str(cost.context["input"]), "convention": str(cost.context["convention"])}
+    return {"cost": dict(cost.values), "by_site": [], "notes": notes}
+
+
+def _made(path: str) -> nn.Module:
+    """What the function `package.module:function` returns."""
     module_name, _, name = path.partition(":")
     if module_name.startswith("."):
         raise UserError(f"{path}: allowed: a module's own name, such as networks.mine:make")
@@ -89,23 +119,7 @@ def _of_module(path: str, input_shape: tuple[int, ...] | None) -> dict[str, Any]
         raise UserError(f"{path}: it raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{path}: expected an nn.Module; got {type(network).__name__}")
-    try:
-        cost = measure(network, input_shape)
-    except UserError:
-        raise
-    except Exception as error:
-        if "meta tensor" in str(error):
-            raise UserError(
-                f"{path}: its forward looks at values, so that it cannot be counted without being "
-                f"run: {error}"
-            ) from None
-        shape = list(input_shape or (3, 224, 224))
-        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-        raise UserError(
-            f"{path}: does not run on the input {shape} (--shape sets another): {kind}{error}"
-        ) from error
-    notes = {"input": str(cost.context["input"]), "convention": str(cost.context["convention"])}
-    return {"cost": dict(cost.values), "by_site": [], "notes": notes}
+    return network
 
 
 def _of_architecture(given: Architecture) -> dict[str, Any]:

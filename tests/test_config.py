@@ -933,6 +933,12 @@ def test_a_file_of_another_kind_is_told_in_a_line(folder: Path) -> None:
     ) as e:
         Architecture.load(folder / "e.yaml")
     assert "\n" not in str(e.value)
+    (folder / "a.yaml").write_text("Backbone: {}\nClass: 3\n")
+    with pytest.raises(UserError, match=r"a\.yaml:1: Backbone: unknown key; .* mean 'backbone'\?"):
+        Architecture.load(folder / "a.yaml")
+    with (folder / "e.yaml").open("a") as file:
+        file.write("\nlatency:\n")
+    assert Experiment.load(folder / "e.yaml").latency is None
 
 
 def test_a_path_that_the_database_cannot_hold_is_refused(folder: Path) -> None:
@@ -941,8 +947,8 @@ def test_a_path_that_the_database_cannot_hold_is_refused(folder: Path) -> None:
     odd.mkdir()
     for name in ("e.yaml", "space.yaml"):
         shutil.copy(folder / name, odd)
-    with pytest.raises(UserError, match=r"storage: got '.*caf\\udce9.*', which is not UTF-8"):
-        Experiment.load(odd / "e.yaml")
+    with pytest.raises(UserError, match=r"^a path of the experiment is not UTF-8, as which it is"):
+        Experiment.load(odd / "e.yaml").as_dict()
 
 
 def test_random_texts(tmp_path: Path) -> None:

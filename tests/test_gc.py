@@ -156,9 +156,19 @@ def test_what_cannot_be_removed_is_named_and_counts_as_kept(
         unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(files, "rmtree", lambda p, **k: None if p == folder else rmtree(p, **k))
+    (folder / "more").write_bytes(b"part")
+    size += 4
+
+    def part(path: Path, **options: Any) -> None:
+        if path == folder:
+            unlink(path / "more", missing_ok=True)
+        else:
+            rmtree(path, **options)
+
+    monkeypatch.setattr(files, "rmtree", part)
     done = collect(study)
     assert {i.path for i in done.stuck} == {file, folder} <= {i.path for i in done.kept}
+    assert [i.bytes for i in done.dropped if i.path == folder] == [4]
     assert size - done.freed == done.left == total(study.folder)
     options = ["gc", "--storage", study.storage, "--study", study.name]
     said = CliRunner().invoke(app, options)

@@ -545,6 +545,15 @@ def test_the_plain_backbones_block_adds_nothing_though_it_settled_last(
     row = skeleton_space.row_of(plain)
     assert row and table(row) == table({})
 
+    # An earlier version had them in the order in which they settled, and predicted networks by it.
+    old = table.replaced(blocks={n: dict(reversed(of.items())) for n, of in table.blocks.items()})
+    old.replaced(calibration=None).settled().save(path)
+    again = profile(skeleton_space, path, exact(), protocol=QUICK, networks=4)
+    rows = [skeleton_space.row_of(skeleton_space.sample(random.Random(i))) or {} for i in range(9)]
+    assert [again(r)["latency_s"] for r in rows] == pytest.approx(
+        [table(r)["latency_s"] for r in rows], rel=1e-3
+    )
+
 
 def test_a_site_with_a_map_that_is_known_needs_no_block_timed(tmp_path: Path) -> None:
     text = """\

@@ -241,6 +241,7 @@ def test_a_module_that_cannot_be_counted_is_refused_with_the_reason(
         "def make():\n    import beside, inner\n    return nn.Conv2d(3, beside.WIDTH, 1)\n"
     )
     Path("beside.py").write_text("WIDTH = 5\n")
+    Path("profile.py").write_text("1 / 0\n")  # which torch imports, once it counts
     Path("lib").mkdir()
     Path("lib/inner.py").touch()
     with monkeypatch.context() as patch:

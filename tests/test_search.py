@@ -55,7 +55,6 @@ from nasattn.search.choice import Choice
 from nasattn.search.database import sqlite_path
 from nasattn.search.display import Display
 from nasattn.search.launchers import STORAGE
-from nasattn.search.lease import Leases
 from nasattn.search.loop import Search, weights_of_trial
 from nasattn.search.opening import claim_folder, find_study
 from nasattn.search.samplers import SAMPLERS, Gate, Snapshot
@@ -809,19 +808,6 @@ def test_fewer_trials_than_there_are_is_as_many(write: Write) -> None:
     by_formula(path, 4)
     study = by_formula(path, 2)
     assert study.asked == 4 and len(study.trials) == 4
-
-
-def test_fewer_trials_are_not_for_those_who_work_beside(write: Write) -> None:
-    """A killed worker of theirs is replaced by one that reads how many there are to be."""
-    path = write()
-    by_formula(path, 1)
-    search = searching(path)
-    search.plan(9)
-    with Leases(search.study.engine, "tiny") as other:
-        other._who |= {"host": "elsewhere", "place": "elsewhere"}
-        other.renew()
-        assert len(by_formula(path, 2).trials) == 2 and search.study.asked == 9
-    assert len(by_formula(path, 3).trials) == 3 and search.study.asked == 3
 
 
 def test_images_that_can_be_read_no_more_are_refused(write: Write, photos: Path) -> None:

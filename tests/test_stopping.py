@@ -280,6 +280,8 @@ def test_trainings_to_come_are_counted_from_those_that_may_go_on() -> None:
     assert HALVING.to_come(trials[:6], 24) == [18, 16 - 6, 12 - 6], "8 probes, half of 16, of 8"
     lost = first + [trial(8 + i, 100, 0.01) for i in range(16)]
     assert HALVING.to_come(lost, 34) == [10, 0, 0], "they are hopeless"
+    lost += [replace(trial(24 + i, 100), state="running") for i in range(10)]
+    assert HALVING.to_come(lost, 34) == [10, 0, 0], "and so are those that have begun"
     probes = [replace(trial(n, 100), state="running") for n in range(4)]
     assert HALVING.to_come([], 4) == HALVING.to_come(probes, 4) == [4, 4, 4]
     last = replace(trial(7, 100, 0.2), state="running")

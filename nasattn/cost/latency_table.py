@@ -93,16 +93,21 @@ class LatencyTable(Strict):
         """(parameter, label) -> its own latency."""
         return {(n, label): found for n, of in self.blocks.items() for label, found in of.items()}
 
+    @property
+    def zeros(self) -> dict[str, str]:
+        """Position -> the label that its others are differences to: the plain backbone's."""
+        return {n: next(iter(labels)) for n, labels in self.blocks.items() if n.endswith(SUFFIX)}
+
     @cached_property
     def entries(self) -> Mapping[Entry, float]:
         """(parameter, label) -> seconds that it adds to the plain backbone, before calibration: a
         block at a site all of its own, a backbone's block the difference to the first label's."""
-        added: dict[Entry, float] = {}
+        added, zeros = dict[Entry, float](), self.zeros
         for name, labels in self.blocks.items():
             seconds = {label: found.seconds for label, found in labels.items()}
             first = 0.0
-            if name.endswith(SUFFIX):
-                first = next(iter(seconds.values()))
+            if name in zeros:
+                first = seconds[zeros[name]]
                 seconds[LEFT_OUT] = 0.0
             added |= {(name, label): value - first for label, value in seconds.items()}
         return added

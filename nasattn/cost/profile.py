@@ -127,12 +127,14 @@ def profile(
         table.save(path)
     known = {needed[item]: found for item, found in table.measured.items() if item in needed}
     blocks = [s for s in dict.fromkeys(needed.values()) if s not in known]
-    whole = [s for s in drawn if s.name not in table.networks]
-    fitted = list(drawn)[::2]
     filled = table.adding({item: known[s] for item, s in needed.items() if s in known})
     if list(filled.measured) != list(table.measured):
+        if filled.zeros != table.zeros:  # of an earlier version, by which networks were predicted
+            filled = filled.replaced(networks={}, calibration=None)
         table = filled
         table.save(path)
+    whole = [s for s in drawn if s.name not in table.networks]
+    fitted = list(drawn)[::2]
     reference = Reference(run=run, seconds=table.plain.seconds)
     bench = _Bench(target, protocol, reference, len(blocks) + len(whole), progress)
     for found in bench.time(blocks):

@@ -32,8 +32,8 @@ def final_figure(study: Study, final: Mapping[str, Any]) -> Figure:
         _draw_panel(axes, final, metric, study.facts["plain"][metric])
     panels[0].set_ylabel("accuracy (%)")
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1.16), "borderaxespad": 0, "ncols": 3}
-    if panels[0].has_data():
-        panels[0].legend(**above, handletextpad=0.3, columnspacing=1.5, frameon=False)
+    if first := next((axes for axes in panels if axes.has_data()), None):
+        first.legend(**above, handletextpad=0.3, columnspacing=1.5, frameon=False)
     return figure
 
 

@@ -199,6 +199,7 @@ class Shelf(Files):
         # Path -> the id that it had when this process last asked. Who stood still while another
         # took over its trial does not write over what that one has published.
         self._seen: dict[str, str] = {}
+        self._renewed = set[str]()  # brought anew once: read in vain again, they are as they are
         self._ids = set[str]()  # this process's own: of an upload it may not know that it succeeded
         create_table(engine, TABLE)
 
@@ -245,6 +246,8 @@ class Shelf(Files):
         name, lost, here = self._name(path), "", "" if anew else _came_of(path)
         while row := self._row(name):
             self._seen[name] = row.id
+            if anew and row.id in self._renewed:
+                break
             if row.id in (here, lost):
                 break
             content = self._content(row)
@@ -252,6 +255,7 @@ class Shelf(Files):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, content)
                 _write(_origin(path), row.id.encode())
+                self._renewed |= {row.id} if anew else set()
                 return True
             lost = row.id  # unless it was replaced after its row was read
         else:

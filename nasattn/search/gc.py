@@ -8,7 +8,7 @@ is not through. All else can be trained again to the same bits.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nasattn.record import Trial
@@ -38,8 +38,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
-    """What was dropped (or would be), and what is kept. stuck: of that, what was to be dropped and
-    could not be removed from this disk."""
+    """What was dropped (or would be), and what is kept. stuck: of what is kept, that which should
+    have been dropped and could not be removed from this disk."""
 
     dropped: Sequence[Item]
     kept: Sequence[Item]
@@ -79,9 +79,14 @@ def collect(
         found = _chosen(study, limit, busy)
         for item in found.dropped:
             study.files.drop(item.path, must=True)
-    stuck = [item for item in found.dropped if item.path.exists()]
-    gone = [item for item in found.dropped if item not in stuck]
-    return Collection(dropped=gone, kept=[*found.kept, *stuck], stuck=stuck)
+        left = {item.path: _size(item.path) for item in found.dropped if item.path.exists()}
+    gone = [replace(i, bytes=i.bytes - left.get(i.path, 0)) for i in found.dropped]
+    stuck = [replace(i, bytes=left[i.path], shared=0) for i in found.dropped if i.path in left]
+    return Collection(
+        dropped=[i for i in gone if i.bytes or i.path not in left],
+        kept=[*found.kept, *stuck],
+        stuck=stuck,
+    )
 
 
 def _chosen(study: Study, limit: float | None, busy: bool) -> Collection:

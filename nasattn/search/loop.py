@@ -21,7 +21,7 @@ from nasattn.pricing import Candidates
 from nasattn.record import Score, Trial, counted
 from nasattn.search.artifacts import open_store, share
 from nasattn.search.display import Display, duration
-from nasattn.search.lease import BACKBONE, Leases, identity, workers
+from nasattn.search.lease import BACKBONE, Leases
 from nasattn.search.opening import FREE, open_study, same_images
 from nasattn.search.outage import Machine, full, gone, patiently
 from nasattn.search.retrain import Retraining
@@ -162,7 +162,7 @@ class Search:
         count, asked = self.candidates.count(), total or self.study.config.search.trials
         if count is not None:  # the plain backbone has a slot also where it is over the budget
             asked = min(asked, count + (not self.candidates.fits({})))
-        number = asked = max(asked, len(self.study.rows()))
+        number = max(asked, len(self.study.rows()))
         facts = dict(self.study.facts)
         if facts["choices"] != {site: list(specs) for site, specs in self.space.choices.items()}:
             raise UserError(f"the space of '{self.study.name}' has just grown: run this again")
@@ -172,12 +172,7 @@ class Search:
         if total is None:
             return number
         experiment = dict(facts["experiment"])
-        me = identity().items()
-        crew = workers(self.study.engine, self.study.name)
-        if any(not me <= w.facts.items() for w in crew):
-            # They go on to what was asked of them, and so does who takes a killed one's place.
-            asked = max(number, self.study.asked)
-        experiment["search"] = {**experiment["search"], "trials": asked}
+        experiment["search"] = {**experiment["search"], "trials": number}
         given = self.experiment.as_dict()
         experiment |= {key: given[key] for key in ("artifacts", "final")}
         if "loaders" in given["data"]:

@@ -161,17 +161,16 @@ class ParetoHalving:
         """About how many will leave a rung for the next one, to which so many will still come."""
         probes, trusted = self.probes(trials)
         share = 1.0 if trusted and not trusted[level] else 1 / self.in_the_end
+        here = [t for t in trials if len(reached(t)) > level]
+        best = self.survivors(level, trials, all_begun=True)
+        later = sum(t.number >= probes for t in here)
+        if trusted and trusted[level] and later >= PROBES[0]:  # fewer, as some are hopeless
+            share = min(share, sum(t.number >= probes for t in best) / later)
         if len(trials) >= total:
             on_the_way = [t for t in trials if t.state == "running" and len(reached(t)) <= level]
             whole = sum(t.number < probes for t in on_the_way)
-            best = self.survivors(level, trials, all_begun=True)
             stopped = sum(t.state == "stopped" and at(t, level) for t in best)
             return whole + share * (comes - whole) + stopped
-        here = [t for t in trials if len(reached(t)) > level]
-        later = sum(t.number >= probes for t in here)
-        if trusted and trusted[level] and later >= PROBES[0]:  # fewer, as some are hopeless
-            best = self.survivors(level, trials, all_begun=True)
-            share = min(share, sum(t.number >= probes for t in best) / later)
         left = sum(t.state != "stopped" or not at(t, level) for t in here)
         every = len(here) + comes
         return max(0.0, min(probes, every) + share * max(0.0, every - probes) - left)

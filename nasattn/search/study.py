@@ -217,7 +217,11 @@ class Study:
         lines = differences(old, new)
         used = "latency_s" in (*self.config.metrics, *experiment.metrics)
         if used and tables[0] != tables[1]:
-            were = (f"of {t['context'].get('date')}" if t else "nothing" for t in tables)
+            dates = [((t or {}).get("context") or {}).get("date") for t in tables]
+            were = (
+                f"of {date}" if date else "one without a date" if table else "nothing"
+                for table, date in zip(tables, dates, strict=True)
+            )
             lines.append("latency: another table: " + " -> ".join(were))
         return [line for line in lines if not line.startswith(tuple(f"{key}: " for key in free))]
 

@@ -330,13 +330,6 @@ class Experiment(Strict):
         except UserError as error:
             raise ValueError(str(error)) from None
 
-    @field_validator("final", mode="before")
-    @classmethod
-    def _final(cls, final: object, info: ValidationInfo) -> object:
-        if final is None and info.context is not None:
-            raise ValueError("got nothing; allowed: {}, which is {seeds: 3, test: true}, or no key")
-        return final
-
     @model_validator(mode="after")
     def _latency_given(self) -> Self:
         if "latency_s" in (*self.objectives, *self.budget) and self.latency is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.trial import TrialState
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -716,6 +717,35 @@ def test_a_worker_that_lost_its_trial_keeps_silent(write: Write) -> None:
     assert formula.calls == 2, "it went on with the next trial"
     trials = load_study(url(path), "tiny").trials
     assert [t.state for t in trials] == ["scored", "scored", "running", "running"]
+
+
+def test_who_is_killed_as_it_has_told_the_end_has_told_it(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks of another worker: at the rows, and at who lives."""
+    path = write()
+    by_formula(path, 2)
+    search, gone = searching(path), subprocess.Popen(["true"])
+    gone.wait()
+    study, read = search.study, search.study.rows
+    with search._leases() as mine, search._leases() as other:
+        slots = [Slots(study, 3, x, search.gate, None, search.display.note) for x in (other, mine)]
+        job = slots[0].next(lambda trials: None).job
+        assert job and job.trial.number == 2
+        other._who |= {"pid": gone.pid}
+        other.renew()
+
+        def rows() -> Any:
+            found = read()
+            if not found[2].state.is_finished():
+                study.database.tell(job.row, TrialState.FAIL, {"reason": "told"}, ())
+            return found
+
+        monkeypatch.setattr(study, "rows", rows)
+        turn = slots[1].next(lambda trials: None)
+        assert turn.over and [t.reason for t in study.trials] == ["", "", "told"]
+        slots[1].next(lambda trials: None)
+        assert "trial:2" not in mine.table()
 
 
 def test_a_slot_that_another_holds_is_waited_for(write: Write) -> None:

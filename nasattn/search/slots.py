@@ -89,8 +89,8 @@ class Slots:
         rows = self.study.rows()
         trials = self.study.read(rows)
         publish(trials)
-        job, others, given_up = self._interrupted(rows, trials, held)
-        if given_up:
+        job, others, ended = self._interrupted(rows, trials, held)
+        if ended:
             rows = self.study.rows()
             trials = self.study.read(rows)
         slot = held.get(trial_lease(len(rows)))
@@ -151,8 +151,8 @@ class Slots:
         self, rows: Sequence[FrozenTrial], trials: Sequence[Trial], held: Mapping[str, Lease]
     ) -> tuple[Job | None, int, bool]:
         """The first trial under evaluation that nobody has; how many others have; whether one has
-        failed here, as it had killed too many."""
-        found, others, given_up = None, 0, False
+        ended: it has killed too many, or the end was told since the rows were read."""
+        found, others, ended = None, 0, False
         for row, trial in zip(rows, trials, strict=True):
             if trial.state != "running":
                 continue
@@ -160,14 +160,18 @@ class Slots:
             if lease and lease.owner != self.leases.me and not self.leases.dead(lease.owner, held):
                 others += 1
             elif found is None and self.leases.acquire(trial_lease(trial.number)):
+                if self.study.database.get_trial(row._trial_id).state.is_finished():
+                    self.leases.ended.add(trial_lease(trial.number))  # and then its owner has gone
+                    ended = True
+                    continue
                 # A lease that its owner could not give back: it died at this trial.
                 killed = lease is not None and lease.owner != self.leases.me
                 if killed and self._died(row, trial):
-                    given_up = True
+                    ended = True
                     continue
                 self.note(f"going on with trial {trial.number}")
                 found = Job(row._trial_id, trial, row.user_attrs.get(TOKEN, ""))
-        return found, others, given_up
+        return found, others, ended
 
     def _died(self, row: FrozenTrial, trial: Trial) -> bool:
         """Count a worker's death at a trial; True when it was the last: the trial has failed."""

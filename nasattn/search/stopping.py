@@ -71,6 +71,8 @@ class ParetoHalving:
         hopeless. A rung that is not trusted stops nobody."""
         probes, trusted = self.probes(trials)
         here = [t for t in trials if len(reached(t)) > level]
+        if not here:
+            return []
         first = [t for t in here if t.number < probes]
         if trusted is None:
             return first

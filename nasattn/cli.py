@@ -247,7 +247,7 @@ def gc(
         freed, left = (size_text(done.shared(dropped=dropped)) for dropped in (True, False))
         print(f"of that in the store: {verb} {freed}; {left} are kept")
     for item in done.stuck:
-        print(f"nasattn: {item.path} cannot be removed; allowed: by who owns it", file=sys.stderr)
+        print(f"nasattn: {item.path} cannot be removed: it may be another user's", file=sys.stderr)
     if limit is not None and done.left > limit:
         print(
             f"nasattn: --max-gb: got {max_gb:g}; the frontier, the baseline and what is not "

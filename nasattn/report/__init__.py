@@ -23,6 +23,7 @@ from nasattn.report.drawing import (
     STYLE,
     VERMILION,
     empty_figure,
+    legend_above,
     save,
     scale_axis,
     short,
@@ -89,14 +90,14 @@ def frontier_figure(study: Study, trials: Sequence[Trial]) -> Figure:
     """Accuracy against each cost objective, one panel a cost."""
     costs = study.config.costs
     width = 7.2 if len(costs) == 1 else 5.4 * len(costs)
-    lines = wrapped(_frontier_caption(study, trials), width)
+    choice = Choice(study, trials)
+    lines = wrapped(_frontier_caption(choice), width)
     figure = empty_figure(width, 4.4, f"{study.name}: accuracy against cost", lines)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, costs, strict=True):
-        _draw_panel(axes, study, trials, metric)
+        _draw_panel(axes, choice, metric)
     panels[0].set_ylabel("validation accuracy (%)")
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1.16), "borderaxespad": 0, "ncols": 3}
-    panels[0].legend(**above, handletextpad=0.3, columnspacing=1.5, frameon=False)
+    legend_above(panels[0])
     return figure
 
 
@@ -138,8 +139,8 @@ def sites_figure(study: Study, trials: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, study: Study, trials: Sequence[Trial], metric: str) -> None:
-    scored = [t for t in trials if t.score]
+def _draw_panel(axes: Axes, choice: Choice, metric: str) -> None:
+    study, scored = choice.study, [t for t in choice.trials if t.score]
     front = study.frontier(scored)
     baseline = next(t for t in scored if t.baseline)
     dominated = [t for t in scored if t not in front and t is not baseline]
@@ -169,7 +170,7 @@ def _draw_panel(axes: Axes, study: Study, trials: Sequence[Trial], metric: str) 
         ms=7,
         zorder=5,
     )
-    for text, trial in _named(Choice(study, trials)):
+    for text, trial in _named(choice):
         _annotate(axes, text, trial, metric, pad)
     if limit is not None:
         _draw_budget(axes, limit, plain, near)
@@ -255,10 +256,10 @@ def _named(choice: Choice) -> list[tuple[str, Trial]]:
     return [("knee, best", knee)] if knee == best else [("knee", knee), ("best", best)]
 
 
-def _frontier_caption(study: Study, trials: Sequence[Trial]) -> list[str]:
+def _frontier_caption(choice: Choice) -> list[str]:
+    study, trials = choice.study, choice.trials
     scored = [t for t in trials if t.score]
     lines = []
-    choice = Choice(study, trials)
     for name, trial in _named(choice):
         mean = choice.means.get(trial.architecture.key)
         of_final = "" if mean is None else f" (the final's mean on val {100 * mean:.2f} %)"

@@ -76,6 +76,19 @@ def wrapped(paragraphs: Sequence[str], width: float) -> list[str]:
     ]
 
 
+def legend_above(axes: Axes) -> None:
+    """Above the upper axis, where nothing is drawn."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.16),
+        borderaxespad=0,
+        ncols=3,
+        handletextpad=0.3,
+        columnspacing=1.5,
+        frameon=False,
+    )
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write a picture whole or not at all, without the time of day."""
     metadata: Mapping[str, str | None] = {"Date": None} if path.suffix == ".svg" else {}

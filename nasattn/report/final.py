@@ -6,7 +6,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nasattn.report.drawing import BLUE, GREEN, GREY, VERMILION, empty_figure, scale_axis, wrapped
+from nasattn.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    VERMILION,
+    empty_figure,
+    legend_above,
+    scale_axis,
+    wrapped,
+)
 from nasattn.search.final_text import clipped, judged_on, notes
 from nasattn.search.study import Study
 
@@ -31,9 +40,8 @@ def final_figure(study: Study, final: Mapping[str, Any]) -> Figure:
     for axes, metric in zip(panels, costs, strict=True):
         _draw_panel(axes, final, metric, study.facts["plain"][metric])
     panels[0].set_ylabel("accuracy (%)")
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1.16), "borderaxespad": 0, "ncols": 3}
     if first := next((axes for axes in panels if axes.has_data()), None):
-        first.legend(**above, handletextpad=0.3, columnspacing=1.5, frameon=False)
+        legend_above(first)
     return figure
 
 

@@ -255,7 +255,8 @@ class Shelf(Files):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, content)
                 _write(_origin(path), row.id.encode())
-                self._renewed |= {row.id} if anew else set()
+                if anew:
+                    self._renewed.add(row.id)
                 return True
             lost = row.id  # unless it was replaced after its row was read
         else:
